@@ -1,0 +1,731 @@
+"""What the three methods of DDIL share: noise schedule, reflected DDIM step, rollouts, sampling priors.
+
+DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v1. Sections 1-4 are the paper; they need
+`torch` alone, hold no state but two small classes, and are meant to be copied. Section 5 is plumbing around diffusers.
+[D n] are the readings of the paper that README lists.
+
+Glossary. z_t = alpha_t x + sigma_t eps with alpha_t^2 + sigma_t^2 = 1;  v = alpha_t eps - sigma_t x;  x_hat, v_hat: estimates.
+          Time runs from noise (t = 999) to data (0): t > m > s. CLEAN is the end of every trajectory, alpha = 1, sigma = 0.
+          w is diffusers' guidance_scale [D10].
+"""
+
+import csv
+import hashlib
+import json
+import math
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Noise schedule
+# ----------------------------------------------------------------------------------------------------------------------
+
+CLEAN = -1  # the "timestep" of the clean end: schedule tables have one entry more, and index -1 is that last one
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Variance-preserving schedule: fp32 tables alpha_t, sigma_t of shape [T + 1]; entry CLEAN = -1 is (1, 0)."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> "NoiseSchedule":
+        """Tables for alpha_t^2 = alphas_cumprod[t], t = 0..T-1 (any betas)."""
+        alpha2 = torch.cat([alphas_cumprod.double().cpu(), torch.ones(1, dtype=torch.float64)])
+        return cls(alpha2.sqrt().float(), (1 - alpha2).sqrt().float())
+
+    def to(self, device) -> "NoiseSchedule":
+        return NoiseSchedule(self.alpha.to(device), self.sigma.to(device))
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_t, sigma_t), each [B, 1, 1, 1], for timesteps t [B]."""
+        return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
+
+
+def timestep_grid(n: int, spacing: str = "linspace", T: int = 1000) -> list[int]:
+    """The n timesteps of a sampler, from noise to data, without the clean end [D2]: 4 -> [999, 749, 500, 250].
+
+    "linspace" is PD's grid (DPM++'s default; 32 > 16 > 8 > 4 > 2 > 1 are nested), "trailing" LCM's and DMD2's (999, 979, ...).
+    """
+    if not 1 <= n <= T - 1:
+        raise ValueError(f"a grid of {n} steps: must lie in 1..{T - 1}")
+    if spacing == "linspace":
+        return torch.linspace(0, T - 1, n + 1, dtype=torch.float64).round().long().flip(0)[:-1].tolist()
+    if spacing == "trailing":
+        return (torch.arange(n, 0, -1, dtype=torch.float64) * T / n).round().long().sub(1).tolist()
+    raise ValueError(f"spacing {spacing!r}: must be 'linspace' or 'trailing'")
+
+
+def add_noise(schedule: NoiseSchedule, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z_t = alpha_t x + sigma_t eps, forward diffusion (Alg. 1 line 3)."""
+    alpha_t, sigma_t = schedule.at(t)
+    return alpha_t * x + sigma_t * eps
+
+
+def x_from_v(schedule: NoiseSchedule, z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """x_hat = alpha_t z_t - sigma_t v."""
+    alpha_t, sigma_t = schedule.at(t)
+    return alpha_t * z_t - sigma_t * v
+
+
+def eps_from_v(schedule: NoiseSchedule, z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """eps_hat = sigma_t z_t + alpha_t v. The paper prints a minus, which is a sign error [D1]."""
+    alpha_t, sigma_t = schedule.at(t)
+    return sigma_t * z_t + alpha_t * v
+
+
+def v_from_prediction(schedule: NoiseSchedule, z_t: Tensor, output: Tensor, t: Tensor, prediction_type: str) -> Tensor:
+    """v_hat from a network output that predicts "epsilon", "v_prediction" or "sample" (= x), as diffusers names them."""
+    alpha_t, sigma_t = schedule.at(t)
+    if prediction_type == "v_prediction":
+        return output
+    if prediction_type == "epsilon":
+        return (output - sigma_t * z_t) / alpha_t
+    if prediction_type == "sample":
+        return (alpha_t * z_t - output) / sigma_t
+    raise ValueError(f"prediction type {prediction_type!r}: must be 'epsilon', 'v_prediction' or 'sample'")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Reflected DDIM step
+# ----------------------------------------------------------------------------------------------------------------------
+
+Support = tuple[Tensor, Tensor] | None  # (lo, hi), each [1, C, 1, 1]: the data's range in latent space; None: no threshold
+
+
+def measure_support(x: Tensor, tail: float = 5e-4) -> Support:
+    """Per-channel range of latents x [n, C, h, w], without the outer `tail` on either side [D15]."""
+    values = x.float().transpose(0, 1).flatten(1)  # [C, n h w]
+    n = values.shape[1]
+    lo = values.kthvalue(max(1, round(tail * n)), dim=1).values  # torch.quantile stops at 2^24 values, kthvalue doesn't
+    hi = values.kthvalue(min(n, round((1 - tail) * n) + 1), dim=1).values
+    return lo.view(1, -1, 1, 1), hi.view(1, -1, 1, 1)
+
+
+def reflect(x_hat: Tensor, support: Support) -> Tensor:
+    """DDIL's thresholding: project x_hat [B, C, h, w] onto the data's support (sec. 4.1, App. A)."""
+    return x_hat if support is None else x_hat.clamp(*support)
+
+
+def moved_fraction(x_hat: Tensor, support: Support) -> Tensor:
+    """Share of values that `reflect` moves, a scalar: 0 means that it does nothing, above 0.2 that it distorts."""
+    return (reflect(x_hat, support) != x_hat).float().mean()
+
+
+def rotation(schedule: NoiseSchedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """With alpha = cos(phi), sigma = sin(phi): (cos, sin) of phi_t - phi_s, each [B, 1, 1, 1]; sin > 0 as t > s."""
+    alpha_t, sigma_t = schedule.at(t)
+    alpha_s, sigma_s = schedule.at(s)
+    return alpha_t * alpha_s + sigma_t * sigma_s, sigma_t * alpha_s - alpha_t * sigma_s
+
+
+def reflect_v(schedule: NoiseSchedule, z_t: Tensor, v: Tensor, t: Tensor, support: Support) -> Tensor:
+    """v = (alpha_t z_t - x) / sigma_t of the reflected x: eps is re-derived from the projected estimate too [D15]."""
+    if support is None:
+        return v
+    x_hat = x_from_v(schedule, z_t, v, t)
+    return v + (x_hat - reflect(x_hat, support)) / schedule.at(t)[1]  # in this form v is exact where nothing moves
+
+
+def ddim_step(schedule: NoiseSchedule, z_t: Tensor, v: Tensor, t: Tensor, s: Tensor, support: Support = None) -> Tensor:
+    """z_s = alpha_s x_hat + sigma_s eps_hat: one DDIM step t -> s, with x_hat reflected where a support is given.
+
+    DDIM is the rotation z_s = c z_t - d v [D18]: no division by alpha or sigma, and z_CLEAN is exactly x_hat.
+    """
+    v = reflect_v(schedule, z_t, v, t, support)  # DDIL: thresholding
+    c, d = rotation(schedule, t, s)
+    return c * z_t - d * v
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Rollouts
+#
+# model(z_t, t, cond) -> v_hat      z_t [B, C, h, w] fp32, t [B] int64, cond: a dict of tensors [B, ...] (prompt, w, ...)
+# ----------------------------------------------------------------------------------------------------------------------
+
+Model = Callable[[Tensor, Tensor, dict], Tensor]
+
+
+def select(cond: dict, rows: Tensor) -> dict:
+    """The rows (mask or indices) of every tensor in cond."""
+    return {name: value[rows] for name, value in cond.items()}
+
+
+@torch.no_grad()
+def teacher_rollout(
+    schedule: NoiseSchedule, teacher: Model, z: Tensor, timesteps: Sequence[int], cond: dict, support: Support = None
+) -> list[Tensor]:
+    """DDIM through `timesteps` (from z at timesteps[0]); returns the state at each of them (Alg. 1 line 4)."""
+    states = [z]
+    for t, s in pairwise(timesteps):
+        t, s = (torch.full((len(z),), i, device=z.device) for i in (t, s))  # [B]
+        states.append(ddim_step(schedule, states[-1], teacher(states[-1], t, cond), t, s, support))
+    return states
+
+
+def student_rollout(
+    schedule: NoiseSchedule, student: Model, z: Tensor, timesteps: Sequence[int], cond: dict
+) -> list[Tensor]:
+    """The student's own trajectory (Alg. 1 line 5): DDIM as at inference, and so never reflected [D15]."""
+    return teacher_rollout(schedule, student, z, timesteps, cond)
+
+
+@torch.no_grad()
+def mixed_rollout(
+    schedule: NoiseSchedule, teacher: Model, student: Model, z: Tensor, teacher_grid: Sequence[int],
+    student_grid: Sequence[int], cond: dict, student_rate: float, generator: torch.Generator, support: Support = None,
+    query: Sequence[int] | None = None,
+) -> tuple[list[Tensor], dict[int, Tensor], list[Tensor]]:  # fmt: skip
+    """Alg. 2: at each interval t -> s of the student's grid, each sample moves with the student (probability
+    `student_rate`, the paper's beta) or with the teacher through its own grid points. Both grids end with CLEAN.
+
+    Returns (states, landings, moves): the state at every point of student_grid; for the interval indices in `query`
+    where the *teacher* lands from the visited state, whoever moves; masks [B] of who moved with the student. Given
+    `query`, it stops after the last one is answered.
+    """
+    states, landings, moves = [z], {}, []
+    for j, (t, s) in enumerate(pairwise(student_grid)):
+        path = teacher_grid[teacher_grid.index(t) : teacher_grid.index(s) + 1]  # t -> m -> s
+        stop = query is not None and j >= max(query, default=0)
+        # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition
+        student_moves = (torch.rand(len(z), generator=generator, device=generator.device) < student_rate).to(z.device)
+        asked = torch.ones_like(student_moves) if query is not None and j in query else ~student_moves
+        z_s = torch.empty_like(z)
+        if asked.any():  # Alg. 2 line 4; also the target of a state that is stored [D17]
+            z_s[asked] = teacher_rollout(schedule, teacher, z[asked], path, select(cond, asked), support)[-1]
+        if query is not None and j in query:
+            landings[j] = z_s.clone()
+        if stop:
+            break
+        if student_moves.any():  # Alg. 2 line 3
+            rows = select(cond, student_moves)
+            z_s[student_moves] = student_rollout(schedule, student, z[student_moves], (t, s), rows)[-1]
+        z = z_s  # Alg. 2 line 5
+        states.append(z)
+        moves.append(student_moves)
+    return states, landings, moves
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Sampling priors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class SamplingPrior:
+    """Where z_t comes from: a categorical distribution over sources [D3], given for each part of training (App. A).
+
+    SamplingPrior(generator, forward=(.75, .5), dagger=(.25, .5)). Every rank seeds this generator alike and draws from
+    it only what ranks must share, so all of them take the same source [D14]. ValueError if a part does not sum to 1.
+    """
+
+    def __init__(self, generator: torch.Generator, **priors: Sequence[float]):
+        self.generator, self.priors = generator, {source: tuple(values) for source, values in priors.items()}
+        for part, row in enumerate(zip(*self.priors.values(), strict=True)):
+            if min(row) < 0 or abs(sum(row) - 1) > 1e-6:
+                raise ValueError(f"sampling priors {self.priors}: part {part} must be >= 0 and sum to 1, got {row}")
+
+    def draw(self, part: int) -> str:
+        """One source for the whole mini-batch, on all ranks."""
+        row = {source: values[part] for source, values in self.priors.items()}
+        p = torch.rand((), generator=self.generator, dtype=torch.float64).item()  # Alg. 1 line 2
+        for source, upper in zip(row, accumulate(row.values())):  # Alg. 1 lines 3-5, cumulative thresholds
+            if p < upper and row[source] > 0:
+                return source
+        return max(row, key=row.get)  # p fell into the rounding gap below 1
+
+
+class TrajectoryBuffer:
+    """D_DAgger: a ring buffer of named rows [n, ...]; the oldest states are overwritten, sampling is uniform."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.added, self.rows = capacity, 0, {}
+
+    def __len__(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, **rows: Tensor) -> None:
+        """Append n rows; all names must be given at every call."""
+        n = len(next(iter(rows.values())))
+        slots = torch.arange(self.added, self.added + n)[-self.capacity :] % self.capacity
+        for name, value in rows.items():
+            if name not in self.rows:
+                self.rows[name] = value.new_empty(self.capacity, *value.shape[1:])
+            self.rows[name][slots.to(value.device)] = value[-self.capacity :]
+        self.added += n
+
+    def sample(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """n rows, uniformly and with replacement. Raises IndexError on an empty buffer."""
+        if len(self) == 0:
+            raise IndexError("D_DAgger is empty: collect trajectories before sampling")
+        i = torch.randint(len(self), (n,), generator=generator, device=generator.device)
+        return {name: value[i.to(value.device)] for name, value in self.rows.items()}
+
+    def clear(self) -> None:
+        self.added, self.rows = 0, {}
+
+    def state_dict(self) -> dict:
+        return {"added": self.added, "rows": self.rows}
+
+    def load_state_dict(self, state: dict, device=None) -> None:
+        self.added, self.rows = state["added"], {name: value.to(device) for name, value in state["rows"].items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Not the paper: models, data, bookkeeping
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def combine_guidance(v_uncond: Tensor, v_cond: Tensor, w: Tensor) -> Tensor:
+    """Classifier-free guidance u + w (c - u), w [B] = diffusers' guidance_scale [D10]; the same for x, eps and v."""
+    return v_uncond + w.view(-1, 1, 1, 1) * (v_cond - v_uncond)
+
+
+def guidance_embedding(w: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding [B, dim] of guidance_scale w [B], fp32: what diffusers pipelines feed (of w - 1 [D10])."""
+    frequencies = torch.exp(torch.arange(dim // 2, device=w.device) * -(math.log(10000.0) / (dim // 2 - 1)))
+    angles = (w.float() - 1)[:, None] * 1000.0 * frequencies  # [B, dim / 2]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class UNetModel:
+    """A diffusers UNet as `model(z_t, t, cond) -> v_hat` (section 3), fp32 outside of autocast; counts its forwards.
+
+    cond: "prompt" [B, L, D], "w" [B] where the UNet has a w embedding, "text_embeds" and "time_ids" for SDXL's family.
+    """
+
+    def __init__(self, unet, schedule: NoiseSchedule, prediction_type: str, autocast: Callable):
+        self.unet, self.schedule, self.prediction_type, self.autocast = unet, schedule, prediction_type, autocast
+        self.config, self.dtype = getattr(unet, "module", unet).config, next(unet.parameters()).dtype
+        self.forwards = 0  # samples evaluated so far
+
+    def __call__(self, z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        self.forwards += len(z_t)
+        inputs = {"encoder_hidden_states": cond["prompt"].to(self.dtype)}
+        if self.config.time_cond_proj_dim is not None:
+            inputs["timestep_cond"] = guidance_embedding(cond["w"], self.config.time_cond_proj_dim).to(self.dtype)
+        if "time_ids" in cond:
+            inputs["added_cond_kwargs"] = {name: cond[name].to(self.dtype) for name in ("text_embeds", "time_ids")}
+        with self.autocast():
+            output = self.unet(z_t.to(self.dtype), t, **inputs, return_dict=False)[0]
+        return v_from_prediction(self.schedule, z_t, output.float(), t, self.prediction_type)
+
+
+def with_guidance(model: Model, null: dict) -> Model:
+    """The model under classifier-free guidance cond["w"]; null: cond of the empty prompt, one row."""
+
+    def guided(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        nulls = {name: value.expand_as(cond[name]) for name, value in null.items()}
+        both = {name: torch.cat([nulls.get(name, value), value]) for name, value in cond.items()}
+        v_uncond, v_cond = model(torch.cat([z_t, z_t]), torch.cat([t, t]), both).chunk(2)
+        return combine_guidance(v_uncond, v_cond, cond["w"])
+
+    return guided
+
+
+def load_pipeline(name: str, flag: str = "--teacher"):
+    """A Stable Diffusion 1.x / 2.x or SDXL-family pipeline from a folder, or from the hub if no such folder exists.
+
+    Safetensors only; no remote code. Raises SystemExit with what to do where it is not a pipeline that we can distil.
+    """
+    import diffusers  # here, not on top: sections 1-4 are to be copied with torch alone
+
+    path = Path(name)
+    is_hub_name = not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not is_hub_name and not (path / "model_index.json").is_file():
+        raise SystemExit(f"{flag} {name}: no such pipeline folder (it must hold model_index.json), nor a hub name owner/name")
+    try:
+        kind = diffusers.DiffusionPipeline.load_config(name, local_files_only=not is_hub_name)["_class_name"]
+        if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+            raise SystemExit(f"{flag} {name}: {kind} is not supported; StableDiffusion and StableDiffusionXL pipelines are")
+        extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = getattr(diffusers, kind).from_pretrained(
+            name, use_safetensors=True, local_files_only=not is_hub_name, **(extra if "XL" not in kind else {})
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{flag} {name}: cannot be loaded ({error})")
+    config = pipe.scheduler.config
+    if "num_train_timesteps" not in config or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
+        kind = type(pipe.scheduler).__name__
+        raise SystemExit(f"{flag} {name}: scheduler {kind} is not supported; its config must hold VP betas and an "
+                         "epsilon, v_prediction or sample prediction_type (flow matching is not)")  # fmt: skip
+    for module in (pipe.vae, pipe.unet, *text_encoders(pipe)):
+        module.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_schedule(pipe) -> NoiseSchedule:
+    """The teacher's noise schedule; diffusers computes the betas."""
+    from diffusers import DDPMScheduler
+
+    config = {k: v for k, v in pipe.scheduler.config.items() if k in ("num_train_timesteps", "beta_start", "beta_end",
+              "beta_schedule", "trained_betas", "rescale_betas_zero_snr")}  # fmt: skip
+    return NoiseSchedule.from_alphas_cumprod(DDPMScheduler(**config).alphas_cumprod)
+
+
+def text_encoders(pipe) -> list:
+    return [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
+
+
+def latent_shape(pipe) -> tuple[int, int, int]:
+    size = pipe.unet.config.sample_size
+    return (pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
+class PromptEncoder:
+    """Captions -> token ids [B, encoders, L] -> cond. Ids are small enough to be stored in D_DAgger (5.4)."""
+
+    def __init__(self, pipe, device, memo: int = 1024):
+        self.encoders, self.device = [e.to(device) for e in text_encoders(pipe)], device
+        self.tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
+        self.xl, self.zero_null = hasattr(pipe, "text_encoder_2"), pipe.config.get("force_zeros_for_empty_prompt", False)
+        height, width = (n * pipe.vae_scale_factor for n in latent_shape(pipe)[1:])
+        self.time_ids = [height, width, 0, 0, height, width]  # SDXL: original size, crop corner, target size
+        self.memo, self.memo_size = {}, memo  # embeddings of recent prompts: small data sets are encoded just once
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Token ids [B, encoders, L] on the CPU."""
+        padded = dict(padding="max_length", truncation=True, return_tensors="pt")
+        ids = [t(list(captions), max_length=t.model_max_length, **padded).input_ids for t in self.tokenizers]
+        return torch.stack(ids, dim=1)
+
+    @torch.no_grad()
+    def encode(self, ids: Tensor) -> dict[str, Tensor]:
+        """cond of token ids: "prompt" [B, L, D], for SDXL's family also "text_embeds" and "time_ids"."""
+        keys = [row.numpy().tobytes() for row in ids.cpu()]
+        new = {key: row for row, key in enumerate(keys) if key not in self.memo}
+        if len(self.memo) + len(new) > self.memo_size:
+            self.memo, new = {}, {key: row for row, key in enumerate(keys)}
+        if new:
+            cond = self._run_encoders(ids[list(new.values())])
+            self.memo |= {key: {name: value[i] for name, value in cond.items()} for i, key in enumerate(new)}
+        return {name: torch.stack([self.memo[key][name] for key in keys]) for name in self.memo[keys[0]]}
+
+    def _run_encoders(self, ids: Tensor) -> dict[str, Tensor]:
+        outputs = [e(ids[:, i].to(self.device), output_hidden_states=True) for i, e in enumerate(self.encoders)]
+        if not self.xl:
+            return {"prompt": outputs[0][0].float()}
+        prompt = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1).float()  # SDXL: the layer before the last
+        time_ids = torch.tensor(self.time_ids, device=self.device).expand(len(ids), -1)
+        return {"prompt": prompt, "text_embeds": outputs[-1][0].float(), "time_ids": time_ids}
+
+    def null(self) -> dict[str, Tensor]:
+        """cond of the empty prompt, one row: the unconditional branch of guidance, as the pipeline makes it."""
+        null = self.encode(self.tokenize([""]))
+        if self.zero_null:  # SDXL
+            null |= {name: torch.zeros_like(null[name]) for name in ("prompt", "text_embeds")}
+        return null
+
+
+def load_images(name: str, flag: str = "--data"):
+    """(training set, held-out captions): Hugging Face datasets with columns image and caption, from anything that
+    `datasets.load_dataset` reads: a folder (parquet, imagefolder with metadata.jsonl, webdataset tars) or a hub name.
+    Held out are the captions of the test / validation split; where there is none, of the last 256 rows (then not trained on)."""
+    import datasets
+
+    path = Path(name)
+    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise SystemExit(f"{flag} {name}: no such folder, nor a hub name owner/name")
+    try:
+        splits = datasets.load_dataset(str(path.resolve()) if path.exists() else name)
+    except Exception as error:  # the library raises many kinds, all with a usable message
+        raise SystemExit(f"{flag} {name}: cannot be read as a data set ({error})")
+    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    images = [c for c, f in train.features.items() if isinstance(f, datasets.Image)]
+    captions = [c for c in ("caption", "text", "txt", "prompt") if c in train.features]
+    if not images or not captions:
+        missing = "images" if not images else "captions (a column caption, text, txt or prompt)"
+        raise SystemExit(f"{flag} {name}: has no {missing}; its columns are {list(train.features)}")
+
+    def columns(split):
+        return split.select_columns([images[0], captions[0]]).rename_columns({images[0]: "image", captions[0]: "caption"})
+
+    held_out = next((splits[s] for s in ("test", "validation") if s in splits), None)
+    if held_out is None:
+        n = min(256, len(train) // 10)
+        train, held_out = train.select(range(len(train) - n)), train.select(range(len(train) - n, len(train)))
+    if len(train) == 0:
+        raise SystemExit(f"{flag} {name}: its training split is empty")
+    return columns(train), columns(held_out)["caption"]
+
+
+def check_images(dataset) -> Counter:
+    """Counts of samples: "usable", or the reason why one cannot be trained on."""
+    import datasets
+    from tqdm import tqdm
+
+    counts = Counter(usable=0)
+    for row in tqdm(dataset.cast_column("image", datasets.Image(decode=False)), desc="checking"):
+        try:
+            datasets.Image().decode_example(row["image"]).convert("RGB")
+            counts["usable" if isinstance(row["caption"], str) and row["caption"].strip() else "no caption"] += 1
+        except Exception as error:  # whatever a broken file raises is a reason to report, not to stop
+            counts[f"unreadable image ({type(error).__name__})"] += 1
+    return counts
+
+
+class LatentData:
+    """Endless seeded stream of (x, ids): latents [B, C, h, w] fp32 and token ids, from dataset rows.
+
+    Batch k of rank r takes places (k n_ranks + r) B ... + B of the concatenated, shuffled epochs: ranks never share a
+    sample, and `k` is the whole position. With cache=True, VAE moments are computed once and kept in memory.
+    """
+
+    def __init__(self, dataset, pipe, prompts: PromptEncoder, batch_size: int, seed: int, rank: int, n_ranks: int,
+                 generator: torch.Generator, cache: bool):  # fmt: skip
+        self.dataset, self.prompts, self.batch_size = dataset, prompts, batch_size
+        self.seed, self.rank, self.n_ranks, self.generator = seed, rank, n_ranks, generator
+        self.vae, self.scaling = pipe.vae.to(prompts.device), pipe.vae.config.scaling_factor
+        self.size = latent_shape(pipe)[1] * pipe.vae_scale_factor
+        self.k, self.epoch, self.order, self.cache = 0, -1, None, None
+        if cache:
+            from tqdm import tqdm
+
+            chunks = torch.arange(len(dataset)).split(64)
+            progress = tqdm(chunks, desc="caching latents", disable=rank != 0, leave=False)
+            moments, ids = zip(*[self._encode(chunk) for chunk in progress])
+            self.cache = torch.cat(moments), torch.cat(ids)
+
+    def rows(self, k: int) -> Tensor:
+        """Dataset rows [B] of this rank's batch k."""
+        start = (k * self.n_ranks + self.rank) * self.batch_size
+        rows = []
+        for place in range(start, start + self.batch_size):
+            epoch, i = divmod(place, len(self.dataset))
+            if epoch != self.epoch:
+                generator = torch.Generator().manual_seed(self.seed + epoch)
+                self.epoch, self.order = epoch, torch.randperm(len(self.dataset), generator=generator)
+            rows.append(self.order[i])
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of dataset rows."""
+        import numpy as np
+        from PIL import Image, ImageOps
+
+        batch = self.dataset[rows.tolist()]
+        fitted = [ImageOps.fit(i.convert("RGB"), (self.size, self.size), Image.LANCZOS) for i in batch["image"]]
+        pixels = torch.from_numpy(np.stack([np.asarray(i) for i in fitted])).permute(0, 3, 1, 2)  # [B, 3, H, W] uint8
+        posterior = self.vae.encode(pixels.to(self.prompts.device) / 127.5 - 1).latent_dist
+        return torch.stack([posterior.mean, posterior.std], dim=1), self.prompts.tokenize(batch["caption"])
+
+    def sample(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        moments, ids = self._encode(rows) if self.cache is None else (m[rows.to(m.device)] for m in self.cache)
+        mean, std = moments.unbind(dim=1)
+        return (mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)) * self.scaling, ids
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        self.k += 1
+        return self.sample(self.rows(self.k - 1), self.generator)
+
+
+# --- runs: arguments, folders, checkpoints ---
+
+
+ACTIONS = ("resume", "overwrite", "dry_run", "check_data")  # flags that are no setting of a run
+
+
+def resolve(args, recipes: dict, free: Sequence[str]):
+    """Fill every flag that was not given: from the saved run with --resume, otherwise from the recipe.
+
+    With --resume, a flag that was given must agree with the saved run, except those in `free`.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in ACTIONS}
+    recipe = args.recipe or "tiny"
+    if recipe not in recipes:
+        raise SystemExit(f"--recipe {recipe}: unknown; the recipes are {', '.join(recipes)}")
+    defaults = recipes[recipe] | {"recipe": recipe}
+    if args.resume:
+        folder = args.output_dir or defaults["output_dir"]
+        if not (Path(folder) / "config.json").is_file():
+            raise SystemExit(f"--resume: {folder} holds no run (no config.json); name it by --output_dir")
+        defaults = json.loads((Path(folder) / "config.json").read_text()) | {"output_dir": folder}
+        refuse_changes({name: value for name, value in given.items() if name not in free}, defaults)
+    for name in set(vars(args)) - set(given) - set(ACTIONS):
+        setattr(args, name, defaults.get(name))
+    return args
+
+
+def refuse_changes(now: dict, saved: dict) -> None:
+    """SystemExit naming every entry of `now` that differs from the saved run's."""
+    now = json.loads(json.dumps(now))  # tuples become lists, as in the file
+    differs = [f"{name}: saved {saved.get(name)}, now {value}" for name, value in now.items() if saved.get(name) != value]
+    if differs:
+        raise SystemExit("--resume: this is not the run that was saved; " + "; ".join(differs))
+
+
+def fingerprint(module) -> str:
+    """sha256 over a network's weights: the same weights under another path are still the same teacher."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_output_dir(args) -> None:
+    """Refuse a folder that holds another run, unless --overwrite; and never delete what is no run."""
+    folder = Path(args.output_dir)
+    if args.resume or not folder.exists() or not any(folder.iterdir()):
+        return
+    if not args.overwrite:
+        raise SystemExit(f"--output_dir {folder}: is not empty; --resume goes on with the run in it, --overwrite deletes "
+                         "it, or choose another folder")  # fmt: skip
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"--overwrite: {folder} is no run folder (it has no config.json) and is left alone")
+
+
+def create_output_dir(args, script: str, facts: dict) -> None:
+    """The run folder, with config.json and a copy of the code that made it."""
+    folder = Path(args.output_dir)
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "samples").mkdir(parents=True)
+    for file in (script, __file__):
+        shutil.copy(file, folder)
+    settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
+    (folder / "config.json").write_text(json.dumps(settings | facts, indent=1))
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder under a temporary name, then rename: a kill leaves the old one or the new one, never half."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def save_pipeline(folder: Path, pipe, unet, scheduler) -> None:
+    """The teacher's pipeline with another UNet and scheduler, as stock diffusers loads it."""
+    extra = {} if hasattr(pipe, "text_encoder_2") else {"requires_safety_checker": False}
+    student = type(pipe)(**{**pipe.components, "unet": unet, "scheduler": scheduler}, **extra)
+    replace_folder(Path(folder), student.save_pretrained)
+
+
+def save_checkpoint(accelerator, folder: Path, update: int, progress: dict, rank_state: dict, student=None, optimizer=None) -> None:
+    """checkpoints/<update>: progress, every rank's own state, weights and optimiser; older checkpoints are deleted after.
+
+    Written under another name and renamed, so that a kill leaves the old checkpoint or the new one.
+    """
+    temporary, final = folder / "saving", folder / f"{update:08d}"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        (temporary / "progress.json").write_text(json.dumps(progress))
+        if student is not None:
+            torch.save(accelerator.unwrap_model(student).state_dict(), temporary / "student.pt")
+            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+    accelerator.wait_for_everyone()
+    torch.save(rank_state, temporary / f"rank-{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in folder.iterdir():
+            if old != final:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_state(file: Path):
+    """A tensor file of our own: tensors and plain values only, never code."""
+    return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    return max((p for p in folder.glob("[0-9]*") if p.name.isdigit()), default=None)
+
+
+class Metrics:
+    """Means over samples since the last flush, summed over ranks, as rows of metrics.csv. Fixed columns."""
+
+    def __init__(self, path: Path, labels: Sequence[str], columns: Sequence[str], device):
+        self.path, self.labels, self.columns = path, list(labels), list(columns)
+        self.totals = torch.zeros(2, len(columns), dtype=torch.float64, device=device)  # sums, counts
+
+    def add(self, column: str, values: Tensor | float) -> None:
+        values = torch.as_tensor(values, dtype=torch.float64, device=self.totals.device).flatten()
+        self.totals[:, self.columns.index(column)] += torch.stack([values.sum(), torch.ones_like(values).sum()])
+
+    def add_by(self, columns: Sequence[str], index: Tensor, values: Tensor) -> None:
+        """values [B] into columns[index], index [B]."""
+        place = torch.tensor([self.columns.index(c) for c in columns], device=index.device)[index]
+        self.totals.index_add_(1, place, torch.stack([values.double(), torch.ones_like(values.double())]))
+
+    def flush(self, accelerator, **labels) -> dict[str, float]:
+        """Append one row to the file; returns the means of the columns that have any."""
+        sums, counts = accelerator.reduce(self.totals, "sum").tolist()
+        self.totals.zero_()
+        means = {c: s / n for c, s, n in zip(self.columns, sums, counts) if n}
+        if accelerator.is_main_process:
+            is_new = not self.path.exists()
+            with self.path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, self.labels + self.columns)
+                if is_new:
+                    writer.writeheader()
+                writer.writerow(labels | {c: f"{v:.6g}" for c, v in means.items()})
+        return means
+
+    def forget_after(self, update: int) -> None:
+        """Drop the rows written after the checkpoint that a run resumes from (column "total_updates")."""
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["total_updates"]) <= update]
+            with self.path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.labels + self.columns)
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:
+    """Noise [len(indices), *shape] that belongs to each index alone: the same for any batch size or number of ranks."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed * 2**32 + i)) for i in indices])
+
+
+def save_grid(path: Path, pipe, rows: dict[str, Tensor]) -> None:
+    """PNG with one labelled row of images for each entry; latents [n, C, h, w], the same noise in each column."""
+    from PIL import Image, ImageDraw
+
+    pictures = []
+    for latents in rows.values():
+        with torch.no_grad():
+            pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+        pictures.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu())  # [n, H, W, 3]
+    n, height, width = pictures[0].shape[:3]
+    zoom, label = max(1, 64 // height), 110
+    sheet = Image.new("RGB", (label + n * (width * zoom + 2), len(rows) * (height * zoom + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (name, row) in enumerate(zip(rows, pictures)):
+        draw.text((4, int((r + 0.5) * (height * zoom + 2)) - 6), name, fill="black")
+        for i, picture in enumerate(row):
+            image = Image.fromarray(picture.numpy()).resize((width * zoom, height * zoom), Image.NEAREST)
+            sheet.paste(image, (label + i * (width * zoom + 2), r * (height * zoom + 2)))
+    sheet.save(path)
+
+
+class StopRequest:
+    """Turns SIGTERM and Ctrl-C into a flag that the training loop reads between two updates, the same on all ranks."""
+
+    def __init__(self):
+        import signal
+
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def agreed(self, accelerator) -> bool:
+        return bool(accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device), "sum").item())

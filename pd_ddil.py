@@ -1,0 +1,706 @@
+"""Progressive distillation with imitation learning: halve a guided diffusion model's steps, 32 -> 16 -> 8 -> 4 (-> 2 -> 1).
+
+DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v1, Algorithms 1-3, sec. 5, App. A.
+
+    laptop, 8 minutes   accelerate launch pd_ddil.py --teacher_steps 32
+    one GPU             accelerate launch --mixed_precision bf16 pd_ddil.py --recipe sd15 --teacher SD15_FOLDER --data FOLDER
+    eight GPUs          accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pd_ddil.py --recipe sd15 ...
+
+paper                                            code
+  sec. 5    eps -> v conversion                    v_step
+  sec. 5    guidance conditioning (Meng et al.)    guidance_step, common.guidance_embedding
+  Alg. 1    line 2, [D14] one source a mini-batch  common.SamplingPrior.draw
+  Alg. 1/3  forward diffusion                      forward_states, common.add_noise
+  Alg. 2    mixed trajectories -> D_DAgger         collect, common.mixed_rollout, common.TrajectoryBuffer
+  Alg. 3    lines 7, 8: the teacher's two steps    teacher_landing
+  Alg. 3    lines 6, 9, 10 and Eq. 3: the loss     pd_step
+  Alg. 3    lines 1-3, 11, 12: stages              main, plan_phases
+  sec. 4.1  reflected distillation [D15]           common.reflect, common.ddim_step
+  App. A    priors and schedule, two parts         RECIPES, plan_phases
+
+Plain PD is --p_forward 1. What the paper adds to it: grep "# DDIL:" pd_ddil.py common.py
+"""
+
+import argparse
+import copy
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from common import (
+    CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
+    TrajectoryBuffer, UNetModel, add_noise, check_images, check_output_dir, create_output_dir, ddim_step, fingerprint,
+    last_checkpoint, latent_shape, load_images, load_pipeline, load_schedule, load_state, measure_support, mixed_rollout,
+    moved_fraction, noise_of, reflect_v, refuse_changes, resolve, rotation, save_checkpoint, save_grid, save_pipeline,
+    student_rollout, timestep_grid, with_guidance, x_from_v,
+)  # fmt: skip
+
+# Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
+# `updates` of a phase: one number for each of its parts; halvings are named by the steps of their student.
+PAPER_PRIORS = dict(p_forward=(0.75, 0.5), student_rate=(0.15, 0.8), reuse=2)  # App. A; reuse: [D17]
+RECIPES = {
+    "tiny": dict(
+        teacher="assets/tiny/pipeline", data="assets/tiny/data", output_dir="runs/pd_ddil-tiny", **PAPER_PRIORS,
+        updates={"v": [400], "gc": [400], "16": [250], "8": [180, 120], "4": [180, 120], "2": [180, 120], "1": [180, 120]},
+        guidance_range=(1.5, 6.0), global_batch_size=32, batch_size=None, learning_rate=3e-4, warmup=20,
+        buffer_size=1024, eval_prompts=128, eval_guidance_scale=3.0, gradient_checkpointing=False, cache_latents=True,
+        log_every=20, save_every=100,
+    ),
+    "sd15": dict(
+        teacher=None, data=None, output_dir="runs/pd_ddil-sd15", **PAPER_PRIORS,
+        updates={"v": [4000], "gc": [6000],  # [D18]: "10K steps overall"
+                 "16": [5000], "8": [6000, 4000], "4": [8000, 6000], "2": [8000, 6000], "1": [8000, 6000]},
+        guidance_range=(2.0, 14.0), global_batch_size=224, batch_size=28, learning_rate=1e-5, warmup=500,
+        buffer_size=1024, eval_prompts=128, eval_guidance_scale=8.0, gradient_checkpointing=True, cache_latents=False,
+        log_every=50, save_every=500,
+    ),
+}  # fmt: skip
+COMMON_DEFAULTS = dict(teacher_steps=32, student_steps=4, reflect="measured", store_start=False, seed=0, report_to=None)
+RECIPES = {name: COMMON_DEFAULTS | recipe for name, recipe in RECIPES.items()}
+RUN_FLAGS = ("output_dir", "log_every", "save_every", "report_to")  # may differ when a run is resumed
+GRAD_CLIP, CAPTION_DROPOUT, W_EMBEDDING_DIM = 1.0, 0.1, 256  # [D18]; 256: what diffusers' pipelines expect
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--recipe", help=f"table of defaults: {', '.join(RECIPES)} (default tiny: all offline, CPU, minutes)")
+    paper = p.add_argument_group("paper")
+    paper.add_argument("--teacher", help="pipeline to distil: folder or hub name; v-prediction or a w embedding skip their phase")
+    paper.add_argument("--data", help="images with captions: folder (parquet, imagefolder, webdataset) or hub name")
+    paper.add_argument("--teacher_steps", type=int, help="N, steps of the first teacher (sec. 5: 32)")
+    paper.add_argument("--student_steps", type=int, help="steps of the last student (sec. 5: 4 or 2)")
+    paper.add_argument("--p_forward", type=float, nargs="+", help="share of forward diffusion, one value or one a part (App. A: .75 .5); 1 = plain PD")
+    paper.add_argument("--student_rate", type=float, nargs="+", help="Alg. 2's beta: how often the student moves (App. A: .15 .8)")
+    paper.add_argument("--reuse", type=float, help="R, mean uses of a collected state [D17] (not in paper; 2)")
+    paper.add_argument("--store_start", action="store_true", default=None, help="store the pure-noise state at 999 too [D16]")
+    paper.add_argument("--buffer_size", type=int, help="states that D_DAgger holds on each process (not in paper)")
+    paper.add_argument("--reflect", help="threshold for x estimates: measured | none | a radius (App. A; [D15])")
+    paper.add_argument("--guidance_range", type=float, nargs=2, help="w ~ U[lo, hi] in training (sec. 5: 2 14)")
+    paper.add_argument("--updates", nargs="+", metavar="PHASE=U[,U]", help="updates of a phase's parts, e.g. v=4000 8=6000,4000")
+    paper.add_argument("--global_batch_size", type=int, help="samples an update, over all processes (sec. 5: 224)")
+    paper.add_argument("--learning_rate", type=float, help="peak; warm-up, then linear decay in each part (sec. 5: 1e-5)")
+    paper.add_argument("--warmup", type=int, help="updates of warm-up in each part (App. A: 500)")
+    run = p.add_argument_group("run")
+    run.add_argument("--batch_size", type=int, help="samples a process and forward; accumulation makes up the global batch")
+    run.add_argument("--output_dir", help="run folder (default runs/pd_ddil-RECIPE)")
+    run.add_argument("--seed", type=int, help="of everything random")
+    run.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
+    run.add_argument("--overwrite", action="store_true", help="delete the run in output_dir first")
+    run.add_argument("--dry_run", action="store_true", help="print the resolved recipe, phases and memory, then stop")
+    run.add_argument("--check_data", action="store_true", help="print how many samples are usable and why others are not, then stop")
+    run.add_argument("--max_updates", type=int, help="end each part after so many updates (for tests)")
+    run.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="trade time for memory")
+    run.add_argument("--cache_latents", action=argparse.BooleanOptionalAction, help="VAE moments of all images in memory")
+    run.add_argument("--eval_prompts", type=int, help="held-out prompts of the paired trajectory error")
+    run.add_argument("--eval_guidance_scale", type=float, help="w of the sample grids")
+    run.add_argument("--log_every", type=int, help="updates between lines and rows of metrics.csv")
+    run.add_argument("--save_every", type=int, help="updates between checkpoints and sample grids")
+    run.add_argument("--report_to", help="a tracker that accelerate knows (tensorboard, wandb, ...); default none")
+    args = p.parse_args(argv)
+    updates = dict(item.partition("=")[::2] for item in args.updates or ())
+    args.updates = None  # merged into the recipe's below, phase by phase
+    args = resolve(args, RECIPES, RUN_FLAGS)
+    try:
+        merged = args.updates | {phase: [int(u) for u in values.split(",")] for phase, values in updates.items()}
+    except ValueError:
+        raise SystemExit(f"--updates {updates}: must read PHASE=U or PHASE=U,U with whole numbers, e.g. 8=6000,4000")
+    if args.resume:
+        refuse_changes({"updates": merged}, {"updates": args.updates})
+    args.updates = merged
+    check_args(args)
+    return args
+
+
+def check_args(args) -> None:
+    """One clear message for what cannot work, before anything is loaded or written."""
+    n, m = args.teacher_steps, args.student_steps
+    if m < 1 or n % m or (n // m) & (n // m - 1) or n == m:
+        raise SystemExit(f"--teacher_steps {n}: must be --student_steps ({m}) times a power of two, e.g. {4 * max(m, 1)}")
+    if not 1 <= n <= 256:
+        raise SystemExit(f"--teacher_steps {n}: must be at most 256, so that the grids nest")
+    for name in ("p_forward", "student_rate"):
+        values = getattr(args, name)
+        if not all(0 <= value <= 1 for value in values):
+            raise SystemExit(f"--{name} {values}: must lie in [0, 1]")
+        if len(values) not in (1, 2):
+            raise SystemExit(f"--{name} {values}: give one value, or one for each of the two parts")
+    if (args.p_forward[0] < 1 or args.p_forward[-1] < 1) and args.reuse <= 0:
+        raise SystemExit(f"--reuse {args.reuse}: must be > 0")
+    for name in ("global_batch_size", "learning_rate", "buffer_size", "eval_prompts", "log_every", "save_every"):
+        if not getattr(args, name) > 0:
+            raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0")
+    if args.batch_size is not None and args.batch_size <= 0:
+        raise SystemExit(f"--batch_size {args.batch_size}: must be > 0")
+    if args.max_updates is not None and args.max_updates <= 0:
+        raise SystemExit(f"--max_updates {args.max_updates}: must be > 0")
+    if args.warmup < 0:
+        raise SystemExit(f"--warmup {args.warmup}: must be >= 0")
+    if not 0 <= args.guidance_range[0] <= args.guidance_range[1]:
+        raise SystemExit(f"--guidance_range {args.guidance_range}: must be LO HI with 0 <= LO <= HI")
+    known = {"v", "gc", *halvings(n, m)} | set(RECIPES["tiny"]["updates"])
+    for phase, updates in args.updates.items():
+        if phase not in known or not 1 <= len(updates) <= 2 or min(updates) < 1:
+            raise SystemExit(f"--updates {phase}={updates}: phases are {', '.join(sorted(known))}, with one or two parts of >= 1 updates")
+    try:
+        radius_is_positive = args.reflect in ("measured", "none") or 0 < float(args.reflect) < float("inf")
+    except ValueError:
+        radius_is_positive = False
+    if not radius_is_positive:
+        raise SystemExit(f"--reflect {args.reflect}: must be measured, none or a positive radius")
+    for name in ("teacher", "data"):
+        if getattr(args, name) is None:
+            raise SystemExit(f"--{name}: the recipe {args.recipe} has no default; give a folder or a hub name")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The algorithm. z_t [B, C, h, w] fp32, t [B] int64; losses come back per sample, [B]
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def forward_states(schedule: NoiseSchedule, x: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(z_t, eps): forward diffusion of data, Alg. 1 line 3."""
+    eps = torch.randn(x.shape, generator=generator, device=x.device)
+    return add_noise(schedule, x, eps, t), eps
+
+
+def v_step(schedule: NoiseSchedule, student: Model, x: Tensor, cond: dict, null: dict, generator) -> tuple[Tensor, Tensor]:
+    """Phase (a), eps -> v: plain v-loss on data, some captions dropped so that the null prompt converts too [D18]."""
+    t = torch.randint(len(schedule.alpha) - 1, (len(x),), generator=generator, device=x.device)
+    dropped = torch.rand(len(x), generator=generator, device=x.device) < CAPTION_DROPOUT
+    cond = {k: torch.where(dropped.view(-1, *[1] * (c.ndim - 1)), null.get(k, c), c) for k, c in cond.items()}
+    z_t, eps = forward_states(schedule, x, t, generator)
+    alpha_t, sigma_t = schedule.at(t)
+    v = alpha_t * eps - sigma_t * x
+    return (student(z_t, t, cond) - v).pow(2).mean(dim=(1, 2, 3)), t
+
+
+def guidance_step(
+    schedule: NoiseSchedule, student: Model, guided: Model, x: Tensor, cond: dict, support: Support, generator
+) -> tuple[Tensor, Tensor]:
+    """Phase (b), guidance conditioning: one network learns the CFG output for every w (Meng et al., stage 1)."""
+    t = torch.randint(len(schedule.alpha) - 1, (len(x),), generator=generator, device=x.device)
+    z_t, _ = forward_states(schedule, x, t, generator)
+    with torch.no_grad():
+        v = reflect_v(schedule, z_t, guided(z_t, t, cond), t, support)  # DDIL: thresholding after CFG (App. A)
+    return (student(z_t, t, cond) - v).pow(2).mean(dim=(1, 2, 3)), t
+
+
+@torch.no_grad()
+def teacher_landing(
+    schedule: NoiseSchedule, teacher: Model, z_t: Tensor, t: Tensor, m: Tensor, s: Tensor, cond: dict, support: Support
+) -> Tensor:
+    """z_s where the teacher's two reflected DDIM steps t -> m -> s lead from z_t (Alg. 3 line 8)."""
+    z_m = ddim_step(schedule, z_t, teacher(z_t, t, cond), t, m, support)
+    return ddim_step(schedule, z_m, teacher(z_m, m, cond), m, s, support)
+
+
+def pd_step(schedule: NoiseSchedule, student: Model, z_t: Tensor, z_s: Tensor, t: Tensor, s: Tensor, cond: dict) -> Tensor:
+    """Eq. 3 (Alg. 3 lines 6, 9, 10): the student's one step t -> s is to land where the teacher's two did, on z_s."""
+    c, d = rotation(schedule, t, s)
+    v_target = (c * z_t - z_s) / d  # Alg. 3 line 9, as v: exactly the one from which DDIM goes z_t -> z_s [D18]
+    v_s = student(z_t, t, cond)  # Alg. 3 line 6
+    alpha_t, sigma_t = schedule.at(t)
+    weight = torch.maximum(alpha_t**2, sigma_t**2)  # max(1, SNR) |x_s - x_target|^2 in terms of v [D18]
+    return (weight * (v_s - v_target) ** 2).mean(dim=(1, 2, 3))  # Alg. 3 line 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Phases, models, evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Phase(NamedTuple):
+    name: str  # "v", "gc", or the student's steps: "16", "8", ...
+    updates: list[int]  # of each part
+    p_forward: list[float]  # of each part
+    student_rate: list[float]
+
+
+def halvings(teacher_steps: int, student_steps: int) -> list[str]:
+    """Students' steps, e.g. 32, 4 -> ["16", "8", "4"]."""
+    n, names = teacher_steps, []
+    while n > student_steps:
+        n //= 2
+        names.append(str(n))
+    return names
+
+
+def plan_phases(args, prediction_type: str, has_w: bool) -> list[Phase]:
+    """The phases that this teacher still needs, with App. A's priors in each part [D8]."""
+    names = ["v"] * (prediction_type != "v_prediction") + ["gc"] * (not has_w)
+    phases = [Phase(name, args.updates[name], [1.0], [0.0]) for name in names]
+    for name in halvings(args.teacher_steps, args.student_steps):
+        updates = args.updates.get(name, args.updates["16"])  # more than 16 steps: as the first halving
+        p_forward, rate = ([*v, *v][:2][: len(updates)] for v in (args.p_forward, args.student_rate))
+        if name == "1" and not args.store_start:  # [D16]: one step visits nothing but the start, so this is plain PD
+            p_forward = [1.0] * len(updates)
+        phases.append(Phase(name, updates, p_forward, rate))
+    if args.max_updates:
+        phases = [p._replace(updates=[min(u, args.max_updates) for u in p.updates]) for p in phases]
+    return phases
+
+
+def with_w_embedding(unet):
+    """A copy with the guidance embedding; its projection starts at zero, so the output is the same at first [D11]."""
+    student = type(unet).from_config({**unet.config, "time_cond_proj_dim": W_EMBEDDING_DIM})
+    missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
+    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student
+
+
+def sampler_of(pipe):
+    """The sampler that the saved stages carry: in stock diffusers, first-order DPM-Solver++ is DDIM on our grid [D2]."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler.from_config(
+        pipe.scheduler.config, prediction_type="v_prediction", algorithm_type="dpmsolver++", solver_order=1,
+        timestep_spacing="linspace", final_sigmas_type="zero", use_karras_sigmas=False, thresholding=False,
+    )  # fmt: skip
+
+
+def learning_rate(update: int, updates: int, warmup: int, peak: float) -> float:
+    """Linear warm-up, then linear decay to 0 at the end of the part; `update` counts from 0."""
+    warmup = min(warmup, updates - 1)
+    return peak * min((update + 1) / (warmup + 1), (updates - update) / (updates - warmup))
+
+
+class Evaluation:
+    """Fixed held-out prompts, noises and w; end points of stages/gc, against which every student is paired."""
+
+    def __init__(self, args, accelerator, schedule, prompts, captions, shape):
+        n = min(args.eval_prompts, len(captions))
+        self.accelerator, self.schedule, self.prompts, self.batch_size = accelerator, schedule, prompts, args.batch_size
+        self.teacher_steps, self.grid_w = args.teacher_steps, args.eval_guidance_scale
+        self.ids = prompts.tokenize([captions[i * len(captions) // n] for i in range(n)])
+        self.z = noise_of(range(n), shape, seed=1)
+        lo, hi = args.guidance_range
+        self.w = lo + (hi - lo) * torch.rand(n, generator=torch.Generator().manual_seed(1))
+        self.file = Path(args.output_dir) / "paired_reference.safetensors"
+
+    @torch.no_grad()
+    def end_points(self, model: Model, steps: int, n: int | None = None, w: float | None = None) -> Tensor:
+        """End points [n, C, h, w] of `steps` DDIM steps from the first n noises; the work is split over the ranks."""
+        rank, n_ranks, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        n = n or len(self.z)
+        rows = torch.arange(-(-n // n_ranks) * n_ranks) % n  # padded, so that every rank gets as many
+        ends = []
+        for part in rows[rank::n_ranks].split(self.batch_size):
+            w_part = self.w[part] if w is None else torch.full((len(part),), w)
+            cond = self.prompts.encode(self.ids[part]) | {"w": w_part.to(device)}
+            grid = [*timestep_grid(steps), CLEAN]
+            ends.append(student_rollout(self.schedule, model, self.z[part].to(device), grid, cond)[-1])
+        gathered = self.accelerator.gather(torch.cat(ends))  # rank by rank
+        return gathered.unflatten(0, (n_ranks, -1)).transpose(0, 1).flatten(0, 1)[:n]
+
+    def grid_row(self, model: Model, steps: int) -> Tensor:
+        """The first eight prompts at the grid's own guidance scale, for a picture."""
+        return self.end_points(model, steps, min(8, len(self.z)), self.grid_w)
+
+    def make_reference(self, gc: Model, students: list[int]) -> None:
+        """stages/gc at teacher_steps, and sampled, undistilled, at the students' steps; kept in a file of the run."""
+        ends = {str(steps): self.end_points(gc, steps) for steps in (self.teacher_steps, *students)}
+        ends |= {f"grid_{steps}": self.grid_row(gc, steps) for steps in (self.teacher_steps, *students)}
+        if self.accelerator.is_main_process:
+            save_file(ends, self.file.with_suffix(".tmp"))
+            self.file.with_suffix(".tmp").rename(self.file)
+        self.accelerator.wait_for_everyone()
+
+    def reference(self, name: str) -> Tensor:
+        return load_file(self.file)[name].to(self.accelerator.device)
+
+    def paired_error(self, ends: Tensor) -> float:
+        """RMS distance in latent space to stages/gc at teacher_steps, from the same noise, prompt and w."""
+        return (ends - self.reference(str(self.teacher_steps))).pow(2).mean().sqrt().item()
+
+
+def describe(args, phases: list[Phase], pipe, n_images: int, world_size: int) -> str:
+    """What --dry_run prints: resolved recipe, phases, batch arithmetic, parameters and memory."""
+    count = lambda *modules: sum(p.numel() for m in modules if m is not None for p in m.parameters())  # noqa: E731
+    unet, others = count(pipe.unet), count(pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
+    state = 2 * 4 * torch.Size(latent_shape(pipe)).numel()  # z_t and z_s in fp32
+    gib = (16 * unet + 4 * unet + 4 * others + args.buffer_size * state) / 2**30
+    accumulation = args.global_batch_size // (args.batch_size * world_size)
+    rows = {name: value for name, value in sorted(vars(args).items())} | {
+        "": "",
+        "images": n_images,
+        "batch": f"{world_size} processes x {args.batch_size} x {accumulation} accumulated = {args.global_batch_size}",
+        **{f"phase {p.name}": f"updates {p.updates}, p_forward {p.p_forward}, student_rate {p.student_rate}" for p in phases},
+        "updates in all": sum(sum(p.updates) for p in phases),
+        "parameters": f"UNet {unet / 1e6:.1f}M, VAE and text encoders {others / 1e6:.1f}M",
+        "memory a process": f"{gib:.2f} GiB for student, gradient and AdamW (16 bytes a parameter), teacher, VAE, text "
+        "encoders and D_DAgger; activations come on top",
+    }
+    return "\n".join(f"{name:24} {value}" for name, value in rows.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What lives as long as the run; `progress` and the generators are its position."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    pipe: object  # the teacher's pipeline: VAE, text encoders, scheduler config
+    schedule: NoiseSchedule
+    support: Support
+    prompts: PromptEncoder
+    null: dict
+    data: LatentData
+    noise: torch.Generator  # this rank's own
+    shared: torch.Generator  # alike on all ranks [D14]
+    buffer: TrajectoryBuffer  # D_DAgger
+    metrics: Metrics
+    evaluation: Evaluation
+    stop: StopRequest
+    progress: dict
+
+    def draw_w(self, n: int) -> Tensor:
+        lo, hi = self.args.guidance_range
+        return lo + (hi - lo) * torch.rand(n, generator=self.noise, device=self.noise.device)
+
+    def data_batch(self) -> tuple[Tensor, Tensor, dict]:
+        """(x, ids, cond) of this rank's next images, each with a w of its own."""
+        x, ids = self.data.next()
+        return x, ids, self.prompts.encode(ids) | {"w": self.draw_w(len(x))}
+
+
+class Networks(NamedTuple):
+    """The models of a phase, as model(z_t, t, cond) -> v_hat."""
+
+    teacher: Model  # frozen; under guidance until a student has learned it
+    student: Model  # as prepared for training
+    rolling: Model  # the same weights without the wrapper of distributed training, for rollouts
+    tau: list[int]  # the teacher's grid with CLEAN (halvings)
+    counted: list[UNetModel]  # the networks behind the models
+    rows: dict[str, Tensor]  # the teacher's rows of the sample grids
+
+
+def forward_batch(run: Run, nets: Networks) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+    """(z_t, z_s, t, s, cond) by forward diffusion of data: Alg. 3 lines 5, 7, 8."""
+    x, _, cond = run.data_batch()
+    tau = torch.tensor(nets.tau, device=x.device)
+    j = torch.randint(len(tau) // 2, (len(x),), generator=run.noise, device=x.device)  # t on the student's grid [D5]
+    t, m, s = tau[2 * j], tau[2 * j + 1], tau[2 * j + 2]  # Alg. 3 line 7
+    z_t, _ = forward_states(run.schedule, x, t, run.noise)  # Alg. 3 line 5
+    z_s = teacher_landing(run.schedule, nets.teacher, z_t, t, m, s, cond, run.support)  # Alg. 3 line 8
+    return z_t, z_s, t, s, cond
+
+
+def dagger_batch(run: Run, nets: Networks, student_rate: float) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+    """DDIL: (z_t, z_s, t, s, cond) from D_DAgger (Alg. 3 line 4), which is refreshed so that a state is used R times."""
+    batch_size = run.args.batch_size
+    if run.progress["credit"] < batch_size:  # Alg. 3 line 11
+        rows = collect(run, nets, student_rate)
+        run.buffer.add(**rows, born=torch.full_like(rows["w"], run.progress["total"]))
+        run.progress["credit"] += len(rows["w"]) * run.args.reuse
+    run.progress["credit"] -= batch_size
+    rows = run.buffer.sample(batch_size, run.noise)
+    run.metrics.add("buffer_age", run.progress["total"] - rows["born"])
+    tau = torch.tensor(nets.tau, device=rows["j"].device)
+    t, s = tau[2 * rows["j"]], tau[2 * rows["j"] + 2]
+    return rows["z_t"], rows["z_s"], t, s, run.prompts.encode(rows["ids"]) | {"w": rows["w"]}
+
+
+def collect(run: Run, nets: Networks, student_rate: float) -> dict[str, Tensor]:
+    """DDIL: rows for D_DAgger by one rollout of Alg. 2: states before each transition [D16] and, as their targets never
+    change within a stage, where the teacher lands from them [D17]."""
+    _, ids, cond = run.data_batch()
+    stored = range(0 if run.args.store_start else 1, len(nets.tau) // 2)  # intervals of the student's grid
+    n = min(len(ids), -(-4 * len(ids) // len(stored)))  # prompts for about four batches of states
+    ids, cond = ids[:n], {name: value[:n] for name, value in cond.items()}
+    z = torch.randn(n, *latent_shape(run.pipe), generator=run.noise, device=run.noise.device)  # Alg. 2 line 1
+    states, landings, moves = mixed_rollout(
+        run.schedule, nets.teacher, nets.rolling, z, nets.tau, nets.tau[::2], cond, student_rate, run.shared,
+        run.support, query=stored,
+    )  # fmt: skip
+    run.metrics.add("student_moves", torch.cat(moves).float() if moves else torch.zeros(0))
+    return dict(  # Alg. 2 line 6
+        z_t=torch.cat([states[j] for j in stored]), z_s=torch.cat([landings[j] for j in stored]),
+        j=torch.tensor(stored, device=z.device).repeat_interleave(n),
+        w=cond["w"].repeat(len(stored)), ids=ids.repeat(len(stored), 1, 1),
+    )  # fmt: skip
+
+
+def losses_of(run: Run, phase: Phase, part: int, source: str, nets: Networks) -> tuple[Tensor, Tensor]:
+    """(losses [B], timesteps [B]) of one mini-batch of this phase."""
+    if phase.name == "v":
+        x, _, cond = run.data_batch()
+        return v_step(run.schedule, nets.student, x, cond, run.null, run.noise)
+    if phase.name == "gc":
+        x, _, cond = run.data_batch()
+        return guidance_step(run.schedule, nets.student, nets.teacher, x, cond, run.support, run.noise)
+    if source == "dagger":
+        z_t, z_s, t, s, cond = dagger_batch(run, nets, phase.student_rate[part])  # DDIL: Alg. 3 line 4
+    else:
+        z_t, z_s, t, s, cond = forward_batch(run, nets)
+    return pd_step(run.schedule, nets.student, z_t, z_s, t, s, cond), t
+
+
+def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: SamplingPrior, trained, optimizer) -> bool:
+    """The updates of one part, with logs, checkpoints and sample grids; False if the run is asked to stop."""
+    args, accelerator, metrics, progress = run.args, run.accelerator, run.metrics, run.progress
+    updates = phase.updates[part]
+    t_columns = [c for c in metrics.columns if c.startswith("loss_t")]  # from noise to data
+    t_bins = torch.tensor([int(c.removeprefix("loss_t")) for c in reversed(t_columns)], device=accelerator.device)
+    bar = tqdm(total=updates, initial=progress["update"], desc=f"{phase.name} part {part + 1}/{len(phase.updates)}",
+               disable=not accelerator.is_main_process, dynamic_ncols=True)  # fmt: skip
+    clock = time.time()
+    for update in range(progress["update"], updates):
+        lr = learning_rate(update, updates, args.warmup, args.learning_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        source = prior.draw(part)  # one for the mini-batch, the same on all ranks
+        for _ in range(accelerator.gradient_accumulation_steps):
+            with accelerator.accumulate(trained):
+                losses, t = losses_of(run, phase, part, source, nets)
+                loss = losses.mean()
+                if not torch.isfinite(accelerator.reduce(loss.detach(), "mean")):
+                    bar.close()
+                    raise SystemExit(
+                        f"the loss is {loss.item()} in phase {phase.name}, part {part + 1}, update {update + 1}, on {source} "
+                        f"states: stopped. The last good checkpoint is {last_checkpoint(Path(args.output_dir) / 'checkpoints')}"
+                    )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    metrics.add("grad_norm", accelerator.clip_grad_norm_(trained.parameters(), GRAD_CLIP))
+                optimizer.step()  # Alg. 3 line 11
+                optimizer.zero_grad()
+            losses = losses.detach()
+            metrics.add("loss", losses)
+            metrics.add(f"loss_{source}", losses)
+            metrics.add_by(t_columns[::-1], torch.bucketize(t, t_bins), losses)
+            progress["forwards"] += 2 * len(losses)  # the backward pass; the forwards are counted by the networks
+        progress |= {"update": update + 1, "total": progress["total"] + 1}
+        count_forwards(run, nets)
+        bar.update()
+        if progress["total"] % args.log_every == 0 or update + 1 == updates:
+            now = time.time()
+            means = metrics.flush(accelerator, phase=phase.name, part=part + 1, update=update + 1, buffer_size=len(run.buffer),
+                                  total_updates=progress["total"], unet_forwards=progress["forwards"] * accelerator.num_processes,
+                                  lr=f"{lr:.3g}", seconds=f"{now - clock:.2f}")  # fmt: skip
+            clock = now
+            accelerator.log({f"{phase.name}/{name}": value for name, value in means.items()}, step=progress["total"])
+            bar.set_postfix_str(f"loss {means['loss']:.4f} lr {lr:.1e}")
+        if progress["total"] % args.save_every == 0 and update + 1 < updates:
+            save(run, trained, optimizer)
+            save_samples(run, phase, nets)
+        if run.stop.agreed(accelerator):
+            save(run, trained, optimizer)
+            bar.close()
+            accelerator.print(f"stopped after update {progress['total']}, in phase {phase.name}: saved; --resume goes on")
+            return False
+    bar.close()
+    return True
+
+
+def count_forwards(run: Run, nets: Networks) -> None:
+    """Move the networks' counts of evaluated samples into the run's progress."""
+    for model in nets.counted:
+        run.progress["forwards"] += model.forwards
+        model.forwards = 0
+
+
+def save(run: Run, trained=None, optimizer=None) -> None:
+    """A checkpoint of everything: --resume gives the weights that an unbroken run would have."""
+    mine = dict(noise=run.noise.get_state(), shared=run.shared.get_state(), buffer=run.buffer.state_dict(),
+                metrics=run.metrics.totals, k=run.data.k)  # fmt: skip
+    folder = Path(run.args.output_dir) / "checkpoints"
+    save_checkpoint(run.accelerator, folder, run.progress["total"], run.progress, mine, trained, optimizer)
+
+
+def restore(run: Run, checkpoint: Path) -> None:
+    """Position and this rank's state; weights and optimiser are loaded by the part that goes on."""
+    run.progress.update(json.loads((checkpoint / "progress.json").read_text()))
+    mine, device = load_state(checkpoint / f"rank-{run.accelerator.process_index}.pt"), run.accelerator.device
+    run.noise.set_state(mine["noise"])
+    run.shared.set_state(mine["shared"])
+    run.buffer.load_state_dict(mine["buffer"], device)
+    run.metrics.totals, run.data.k = mine["metrics"].to(device), mine["k"]
+    if run.accelerator.is_main_process:
+        run.metrics.forget_after(run.progress["total"])
+
+
+def save_samples(run: Run, phase: Phase, nets: Networks) -> None:
+    """PNG of the phase's teacher and student, on the same noise in each column."""
+    student = with_guidance(nets.rolling, run.null) if phase.name == "v" else nets.rolling
+    steps = int(phase.name) if phase.name.isdigit() else run.args.teacher_steps
+    rows = nets.rows | {f"student, {steps} steps": run.evaluation.grid_row(student, steps)}
+    for model in nets.counted:
+        model.forwards = 0  # pictures are no training
+    if run.accelerator.is_main_process:
+        save_grid(Path(run.args.output_dir) / "samples" / f"{run.progress['total']:06d}-{phase.name}.png", run.pipe, rows)
+
+
+def train_phase(run: Run, phase: Phase, source: Path, gc: Path | None, checkpoint: Path | None):
+    """One phase from the pipeline folder `source`, in its parts; returns the trained UNet, or None if asked to stop."""
+    args, accelerator, schedule, evaluation = run.args, run.accelerator, run.schedule, run.evaluation
+    teacher_pipe = load_pipeline(str(source))
+    teacher_unet, prediction_type = teacher_pipe.unet.to(accelerator.device), teacher_pipe.scheduler.config.prediction_type
+    student_unet = with_w_embedding(teacher_unet) if phase.name == "gc" else copy.deepcopy(teacher_unet)  # Alg. 3 line 2
+    student_unet.to(accelerator.device).requires_grad_(True).train()
+    if args.gradient_checkpointing:
+        student_unet.enable_gradient_checkpointing()
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    teacher = UNetModel(teacher_unet.to(half), schedule, prediction_type, accelerator.autocast)
+    guided = teacher if phase.name.isdigit() else with_guidance(teacher, run.null)
+
+    def watched(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        """The teacher, noting how much of its x estimate `reflect` moves."""
+        v = guided(z_t, t, cond)
+        run.metrics.add("moved_by_reflect", moved_fraction(x_from_v(schedule, z_t, v, t), run.support))
+        return v
+
+    n = args.teacher_steps
+    if phase.name.isdigit():
+        m = int(phase.name)
+        if not evaluation.file.exists():
+            gc_unet = load_pipeline(str(gc)).unet.to(accelerator.device)
+            students = [int(name) for name in halvings(args.teacher_steps, args.student_steps)]
+            evaluation.make_reference(UNetModel(gc_unet, schedule, "v_prediction", accelerator.autocast), students)
+        tau = [*timestep_grid(2 * m), CLEAN]  # N = 2 m
+        rows = {f"gc, {steps} steps": evaluation.reference(f"grid_{steps}") for steps in (n, m)}
+    else:
+        tau, rows = [], {f"teacher, {n} steps": evaluation.grid_row(guided, n)}
+
+    prior = SamplingPrior(run.shared, forward=phase.p_forward, dagger=[1 - p for p in phase.p_forward])  # DDIL: App. A
+    for part in range(run.progress["part"], len(phase.updates)):
+        accelerator.free_memory()  # each part has an optimiser of its own [D7]
+        optimizer = torch.optim.AdamW(student_unet.parameters(), lr=args.learning_rate)
+        if checkpoint and (run.progress["part"] or run.progress["update"]):
+            student_unet.load_state_dict(load_state(checkpoint / "student.pt"))
+            if run.progress["update"]:
+                optimizer.load_state_dict(load_state(checkpoint / "optimizer.pt"))
+        checkpoint = None
+        trained, optimizer = accelerator.prepare(student_unet, optimizer)
+        student = UNetModel(trained, schedule, "v_prediction", accelerator.autocast)
+        rolling = UNetModel(accelerator.unwrap_model(trained), schedule, "v_prediction", accelerator.autocast)
+        nets = Networks(watched, student, rolling, tau, [teacher, student, rolling], rows)
+        if run.progress["update"] == 0 and part == 0:
+            save_samples(run, phase, nets)
+        if not train_part(run, phase, part, nets, prior, trained, optimizer):
+            return None
+        run.progress |= {"part": part + 1, "update": 0}
+        if part + 1 < len(phase.updates):
+            save(run, trained, optimizer)
+
+    save_samples(run, phase, nets)
+    if phase.name.isdigit():
+        errors = {"paired_error": evaluation.paired_error(evaluation.end_points(rolling, m)),
+                  "paired_error_undistilled": evaluation.paired_error(evaluation.reference(str(m)))}  # fmt: skip
+        rolling.forwards = 0  # measuring is no training
+        run.metrics.flush(accelerator, phase=phase.name, total_updates=run.progress["total"], **errors)
+        accelerator.print("paired trajectory error at {} steps: {paired_error:.4f} (undistilled {paired_error_undistilled:.4f})".format(m, **errors))
+    return accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+
+
+def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
+    """Load and check everything, then make the run folder; None if the flags ask for a report only."""
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    args.batch_size = args.batch_size or max(1, args.global_batch_size // world_size)
+    accumulation, rest = divmod(args.global_batch_size, args.batch_size * world_size)
+    if rest or not accumulation:
+        raise SystemExit(f"--global_batch_size {args.global_batch_size}: must be a multiple of --batch_size {args.batch_size} "
+                         f"times {world_size} process(es)")  # fmt: skip
+    accelerator.gradient_accumulation_steps = accumulation
+    if accelerator.is_main_process and not (args.dry_run or args.check_data):
+        check_output_dir(args)
+
+    pipe = load_pipeline(args.teacher)
+    dataset, held_out = load_images(args.data)
+    phases = plan_phases(args, pipe.scheduler.config.prediction_type, pipe.unet.config.time_cond_proj_dim is not None)
+    if args.dry_run or args.check_data:
+        report = describe(args, phases, pipe, len(dataset), world_size) if args.dry_run else ""
+        counts = check_images(dataset) if args.check_data else {}
+        accelerator.print("\n".join([report] * bool(report) + [f"{reason:24} {n}" for reason, n in counts.items()]))
+        return None, phases
+
+    out = Path(args.output_dir)
+    facts = dict(world_size=world_size, mixed_precision=accelerator.mixed_precision, teacher_weights=fingerprint(pipe.unet))
+    if args.resume:
+        refuse_changes(facts, json.loads((out / "config.json").read_text()))
+    elif accelerator.is_main_process:
+        create_output_dir(args, __file__, facts)
+    accelerator.wait_for_everyone()
+
+    set_seed(args.seed, device_specific=True)
+    noise = torch.Generator(device).manual_seed(1000 * args.seed + rank)
+    schedule, prompts = load_schedule(pipe).to(device), PromptEncoder(pipe, device)
+    data = LatentData(dataset, pipe, prompts, args.batch_size, args.seed, rank, world_size, noise, args.cache_latents)
+    columns = [f"loss_t{t}" for t in timestep_grid(args.teacher_steps // 2)]  # later students' grids are parts of this one
+    metrics = Metrics(
+        out / "metrics.csv",
+        ["phase", "part", "update", "total_updates", "unet_forwards", "buffer_size", "lr", "seconds", "paired_error",
+         "paired_error_undistilled"],
+        ["loss", "loss_forward", "loss_dagger", *columns, "grad_norm", "buffer_age", "student_moves", "moved_by_reflect"], device,
+    )  # fmt: skip
+    run = Run(
+        args, accelerator, pipe, schedule, support_of(args.reflect, data), prompts, prompts.null(), data, noise,
+        torch.Generator().manual_seed(args.seed), TrajectoryBuffer(args.buffer_size), metrics,
+        Evaluation(args, accelerator, schedule, prompts, held_out, latent_shape(pipe)), StopRequest(),
+        dict(phase=0, part=0, update=0, total=0, forwards=0, credit=0.0),
+    )  # fmt: skip
+    if args.report_to:
+        accelerator.init_trackers("pd_ddil", config={name: str(value) for name, value in vars(args).items()})
+    return run, phases
+
+
+def support_of(threshold: str, data: LatentData) -> Support:
+    """--reflect as a support; measured: on 1,024 training latents, the same ones on all ranks [D15]."""
+    if threshold == "none":
+        return None
+    if threshold != "measured":
+        radius = torch.full((1, 1, 1, 1), float(threshold), device=data.generator.device)
+        return -radius, radius
+    rows = torch.randperm(len(data.dataset), generator=torch.Generator().manual_seed(0))[:1024].split(data.batch_size)
+    generator = torch.Generator(data.generator.device).manual_seed(0)
+    return measure_support(torch.cat([data.sample(part, generator)[0] for part in rows]))
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    accelerator = Accelerator(log_with=args.report_to, project_dir=args.output_dir)
+    run, phases = setup(args, accelerator)
+    if run is None:
+        return
+    out, names = Path(args.output_dir), [phase.name for phase in phases]
+    folders = [Path(args.teacher), *[out / "stages" / name for name in names]]  # phase i distils folders[i]
+    gc = folders[names.index("gc") + 1 if "gc" in names else 0]
+    checkpoint = last_checkpoint(out / "checkpoints") if args.resume else None
+    if checkpoint:
+        restore(run, checkpoint)
+    todo = names[run.progress["phase"] :]
+    accelerator.print(f"{out}: {'resuming' if checkpoint else 'starting'} at update {run.progress['total'] + 1}; "
+                      f"phases to do: {', '.join(todo) or 'none'}")  # fmt: skip
+    for index in range(run.progress["phase"], len(phases)):  # Alg. 3 line 1
+        unet = train_phase(run, phases[index], folders[index], gc, checkpoint)
+        if unet is None:
+            return
+        checkpoint = None
+        if accelerator.is_main_process:
+            save_pipeline(folders[index + 1], run.pipe, unet, sampler_of(run.pipe))  # Alg. 3 line 12: the next teacher
+        accelerator.wait_for_everyone()
+        run.buffer.clear()  # its grid and models change [D16]
+        run.progress |= dict(phase=index + 1, part=0, update=0, credit=0.0)
+        save(run)
+    if accelerator.is_main_process:
+        save_pipeline(out / "pipeline", run.pipe, load_pipeline(str(folders[-1])).unet, sampler_of(run.pipe))
+    accelerator.print(f"done: {out / 'pipeline'} samples in {args.student_steps} steps, with any guidance_scale in {args.guidance_range}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
