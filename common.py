@@ -337,7 +337,11 @@ def load_pipeline(name: str, flag: str = "--teacher"):
     Safetensors only; no remote code. Raises SystemExit with what to do where it is not a pipeline that we can distil.
     """
     import diffusers  # here, not on top: sections 1-4 are to be copied with torch alone
+    import transformers
 
+    for library in (diffusers, transformers):  # their progress bars would break ours
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     path = Path(name)
     is_hub_name = not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not is_hub_name and not (path / "model_index.json").is_file():

@@ -367,6 +367,8 @@ class Run:
     evaluation: Evaluation
     stop: StopRequest
     progress: dict
+    t_columns: list[str]  # of the metrics, from data to noise: the loss of t in (previous one, t]
+    t_bins: Tensor
 
     def draw_w(self, n: int) -> Tensor:
         lo, hi = self.args.guidance_range
@@ -450,68 +452,68 @@ def losses_of(run: Run, phase: Phase, part: int, source: str, nets: Networks) ->
     return pd_step(run.schedule, nets.student, z_t, z_s, t, s, cond), t
 
 
-def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: SamplingPrior, trained, optimizer) -> bool:
-    """The updates of one part, with logs, checkpoints and sample grids; False if the run is asked to stop."""
-    args, accelerator, metrics, progress = run.args, run.accelerator, run.metrics, run.progress
-    updates = phase.updates[part]
-    t_columns = [c for c in metrics.columns if c.startswith("loss_t")]  # from noise to data
-    t_bins = torch.tensor([int(c.removeprefix("loss_t")) for c in reversed(t_columns)], device=accelerator.device)
-    bar = tqdm(total=updates, initial=progress["update"], desc=f"{phase.name} part {part + 1}/{len(phase.updates)}",
-               disable=not accelerator.is_main_process, dynamic_ncols=True)  # fmt: skip
-    clock = time.time()
-    for update in range(progress["update"], updates):
-        lr = learning_rate(update, updates, args.warmup, args.learning_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        source = prior.draw(part)  # one for the mini-batch, the same on all ranks
-        for _ in range(accelerator.gradient_accumulation_steps):
-            with accelerator.accumulate(trained):
-                losses, t = losses_of(run, phase, part, source, nets)
-                loss = losses.mean()
-                if not torch.isfinite(accelerator.reduce(loss.detach(), "mean")):
-                    bar.close()
-                    raise SystemExit(
-                        f"the loss is {loss.item()} in phase {phase.name}, part {part + 1}, update {update + 1}, on {source} "
-                        f"states: stopped. The last good checkpoint is {last_checkpoint(Path(args.output_dir) / 'checkpoints')}"
-                    )
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    metrics.add("grad_norm", accelerator.clip_grad_norm_(trained.parameters(), GRAD_CLIP))
-                optimizer.step()  # Alg. 3 line 11
-                optimizer.zero_grad()
-            losses = losses.detach()
-            metrics.add("loss", losses)
-            metrics.add(f"loss_{source}", losses)
-            metrics.add_by(t_columns[::-1], torch.bucketize(t, t_bins), losses)
-            progress["forwards"] += 2 * len(losses)  # the backward pass; the forwards are counted by the networks
-        progress |= {"update": update + 1, "total": progress["total"] + 1}
-        count_forwards(run, nets)
-        bar.update()
-        if progress["total"] % args.log_every == 0 or update + 1 == updates:
-            now = time.time()
-            means = metrics.flush(accelerator, phase=phase.name, part=part + 1, update=update + 1, buffer_size=len(run.buffer),
-                                  total_updates=progress["total"], unet_forwards=progress["forwards"] * accelerator.num_processes,
-                                  lr=f"{lr:.3g}", seconds=f"{now - clock:.2f}")  # fmt: skip
-            clock = now
-            accelerator.log({f"{phase.name}/{name}": value for name, value in means.items()}, step=progress["total"])
-            bar.set_postfix_str(f"loss {means['loss']:.4f} lr {lr:.1e}")
-        if progress["total"] % args.save_every == 0 and update + 1 < updates:
-            save(run, trained, optimizer)
-            save_samples(run, phase, nets)
-        if run.stop.agreed(accelerator):
-            save(run, trained, optimizer)
-            bar.close()
-            accelerator.print(f"stopped after update {progress['total']}, in phase {phase.name}: saved; --resume goes on")
-            return False
-    bar.close()
-    return True
-
-
-def count_forwards(run: Run, nets: Networks) -> None:
-    """Move the networks' counts of evaluated samples into the run's progress."""
+def update_student(run: Run, phase: Phase, part: int, source: str, nets: Networks, trained, optimizer) -> None:
+    """One update on the global mini-batch, all of it from one source. Raises FloatingPointError on a non-finite loss."""
+    for _ in range(run.accelerator.gradient_accumulation_steps):
+        with run.accelerator.accumulate(trained):
+            losses, t = losses_of(run, phase, part, source, nets)
+            loss = losses.mean()
+            if not torch.isfinite(run.accelerator.reduce(loss.detach(), "mean")):  # the same verdict on all ranks
+                raise FloatingPointError(f"the loss is {loss.item()} on {source} states")
+            run.accelerator.backward(loss)
+            if run.accelerator.sync_gradients:
+                run.metrics.add("grad_norm", run.accelerator.clip_grad_norm_(trained.parameters(), GRAD_CLIP))
+            optimizer.step()  # Alg. 3 line 11
+            optimizer.zero_grad()
+        losses = losses.detach()
+        run.metrics.add("loss", losses)
+        run.metrics.add(f"loss_{source}", losses)
+        run.metrics.add_by(run.t_columns, torch.bucketize(t, run.t_bins), losses)
+        run.progress["forwards"] += 2 * len(losses)  # the backward pass; forwards are counted by the networks
     for model in nets.counted:
         run.progress["forwards"] += model.forwards
         model.forwards = 0
+
+
+def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: SamplingPrior, trained, optimizer) -> bool:
+    """The updates of one part, with logs, checkpoints and sample grids; False if the run is asked to stop."""
+    args, accelerator, progress = run.args, run.accelerator, run.progress
+    updates, folder = phase.updates[part], Path(args.output_dir) / "checkpoints"
+    bar = tqdm(total=updates, initial=progress["update"], desc=f"{phase.name} part {part + 1}/{len(phase.updates)}",
+               disable=not accelerator.is_main_process, dynamic_ncols=True)  # fmt: skip
+    with bar:
+        clock = time.time()
+        for update in range(progress["update"], updates):
+            lr = learning_rate(update, updates, args.warmup, args.learning_rate)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            source = prior.draw(part)  # Alg. 1 line 2: one for the mini-batch, the same on all ranks
+            try:
+                update_student(run, phase, part, source, nets, trained, optimizer)
+            except FloatingPointError as error:
+                bar.close()
+                raise SystemExit(f"phase {phase.name}, part {part + 1}, update {update + 1}: {error}; stopped. The last good "
+                                 f"checkpoint is {last_checkpoint(folder)}; a lower --learning_rate may help")  # fmt: skip
+            progress |= {"update": update + 1, "total": progress["total"] + 1}
+            bar.update()
+            if progress["total"] % args.log_every == 0 or update + 1 == updates:
+                means = run.metrics.flush(
+                    accelerator, phase=phase.name, part=part + 1, update=update + 1, total_updates=progress["total"],
+                    unet_forwards=progress["forwards"] * accelerator.num_processes, buffer_size=len(run.buffer),
+                    lr=f"{lr:.3g}", seconds=f"{time.time() - clock:.2f}",
+                )  # fmt: skip
+                clock = time.time()
+                accelerator.log({f"{phase.name}/{name}": value for name, value in means.items()}, step=progress["total"])
+                bar.set_postfix_str(f"loss {means['loss']:.4f} lr {lr:.1e}")
+            if progress["total"] % args.save_every == 0 and update + 1 < updates:
+                save(run, trained, optimizer)
+                save_samples(run, phase, nets)
+            if run.stop.agreed(accelerator):
+                save(run, trained, optimizer)
+                bar.close()
+                accelerator.print(f"stopped after update {progress['total']}, in phase {phase.name}: saved; --resume goes on")
+                return False
+    return True
 
 
 def save(run: Run, trained=None, optimizer=None) -> None:
@@ -545,51 +547,61 @@ def save_samples(run: Run, phase: Phase, nets: Networks) -> None:
         save_grid(Path(run.args.output_dir) / "samples" / f"{run.progress['total']:06d}-{phase.name}.png", run.pipe, rows)
 
 
-def train_phase(run: Run, phase: Phase, source: Path, gc: Path | None, checkpoint: Path | None):
-    """One phase from the pipeline folder `source`, in its parts; returns the trained UNet, or None if asked to stop."""
-    args, accelerator, schedule, evaluation = run.args, run.accelerator, run.schedule, run.evaluation
-    teacher_pipe = load_pipeline(str(source))
-    teacher_unet, prediction_type = teacher_pipe.unet.to(accelerator.device), teacher_pipe.scheduler.config.prediction_type
-    student_unet = with_w_embedding(teacher_unet) if phase.name == "gc" else copy.deepcopy(teacher_unet)  # Alg. 3 line 2
-    student_unet.to(accelerator.device).requires_grad_(True).train()
-    if args.gradient_checkpointing:
+def open_phase(run: Run, phase: Phase, source: Path) -> tuple[UNetModel, Model, torch.nn.Module]:
+    """(network, teacher, student's UNet) of a phase that distils the pipeline folder `source`."""
+    device, autocast = run.accelerator.device, run.accelerator.autocast
+    pipe = load_pipeline(str(source))
+    student_unet = with_w_embedding(pipe.unet) if phase.name == "gc" else copy.deepcopy(pipe.unet)  # Alg. 3 line 2
+    student_unet.to(device).requires_grad_(True).train()
+    if run.args.gradient_checkpointing:
         student_unet.enable_gradient_checkpointing()
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    teacher = UNetModel(teacher_unet.to(half), schedule, prediction_type, accelerator.autocast)
-    guided = teacher if phase.name.isdigit() else with_guidance(teacher, run.null)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.accelerator.mixed_precision, torch.float32)
+    network = UNetModel(pipe.unet.to(device, half), run.schedule, pipe.scheduler.config.prediction_type, autocast)
+    guided = network if phase.name.isdigit() else with_guidance(network, run.null)
 
-    def watched(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
-        """The teacher, noting how much of its x estimate `reflect` moves."""
+    def teacher(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        """The frozen model, noting how much of its x estimate `reflect` moves."""
         v = guided(z_t, t, cond)
-        run.metrics.add("moved_by_reflect", moved_fraction(x_from_v(schedule, z_t, v, t), run.support))
+        run.metrics.add("moved_by_reflect", moved_fraction(x_from_v(run.schedule, z_t, v, t), run.support))
         return v
 
-    n = args.teacher_steps
+    return network, teacher, student_unet
+
+
+def prepare_part(run: Run, phase: Phase, network: UNetModel, teacher: Model, student_unet, rows: dict, checkpoint: Path | None):
+    """(nets, trained, optimizer): the student under the engine, with the part's own optimiser [D7]."""
+    accelerator = run.accelerator
+    accelerator.free_memory()  # the engine holds on to what it prepared for the part before
+    optimizer = torch.optim.AdamW(student_unet.parameters(), lr=run.args.learning_rate)
+    if checkpoint and (run.progress["part"] or run.progress["update"]):
+        student_unet.load_state_dict(load_state(checkpoint / "student.pt"))
+        if run.progress["update"]:
+            optimizer.load_state_dict(load_state(checkpoint / "optimizer.pt"))
+    trained, optimizer = accelerator.prepare(student_unet, optimizer)
+    student = UNetModel(trained, run.schedule, "v_prediction", accelerator.autocast)
+    rolling = UNetModel(accelerator.unwrap_model(trained), run.schedule, "v_prediction", accelerator.autocast)
+    tau = [*timestep_grid(2 * int(phase.name)), CLEAN] if phase.name.isdigit() else []
+    return Networks(teacher, student, rolling, tau, [network, student, rolling], rows), trained, optimizer
+
+
+def train_phase(run: Run, phase: Phase, source: Path, gc: Path, checkpoint: Path | None):
+    """One phase from the pipeline folder `source`, in its parts; returns the trained UNet, or None if asked to stop."""
+    accelerator, evaluation, n = run.accelerator, run.evaluation, run.args.teacher_steps
+    network, teacher, student_unet = open_phase(run, phase, source)
     if phase.name.isdigit():
-        m = int(phase.name)
         if not evaluation.file.exists():
             gc_unet = load_pipeline(str(gc)).unet.to(accelerator.device)
-            students = [int(name) for name in halvings(args.teacher_steps, args.student_steps)]
-            evaluation.make_reference(UNetModel(gc_unet, schedule, "v_prediction", accelerator.autocast), students)
-        tau = [*timestep_grid(2 * m), CLEAN]  # N = 2 m
-        rows = {f"gc, {steps} steps": evaluation.reference(f"grid_{steps}") for steps in (n, m)}
+            students = [int(name) for name in halvings(n, run.args.student_steps)]
+            evaluation.make_reference(UNetModel(gc_unet, run.schedule, "v_prediction", accelerator.autocast), students)
+        rows = {f"gc, {steps} steps": evaluation.reference(f"grid_{steps}") for steps in (n, int(phase.name))}
     else:
-        tau, rows = [], {f"teacher, {n} steps": evaluation.grid_row(guided, n)}
+        rows = {f"teacher, {n} steps": evaluation.grid_row(teacher, n)}
 
     prior = SamplingPrior(run.shared, forward=phase.p_forward, dagger=[1 - p for p in phase.p_forward])  # DDIL: App. A
     for part in range(run.progress["part"], len(phase.updates)):
-        accelerator.free_memory()  # each part has an optimiser of its own [D7]
-        optimizer = torch.optim.AdamW(student_unet.parameters(), lr=args.learning_rate)
-        if checkpoint and (run.progress["part"] or run.progress["update"]):
-            student_unet.load_state_dict(load_state(checkpoint / "student.pt"))
-            if run.progress["update"]:
-                optimizer.load_state_dict(load_state(checkpoint / "optimizer.pt"))
+        nets, trained, optimizer = prepare_part(run, phase, network, teacher, student_unet, rows, checkpoint)
         checkpoint = None
-        trained, optimizer = accelerator.prepare(student_unet, optimizer)
-        student = UNetModel(trained, schedule, "v_prediction", accelerator.autocast)
-        rolling = UNetModel(accelerator.unwrap_model(trained), schedule, "v_prediction", accelerator.autocast)
-        nets = Networks(watched, student, rolling, tau, [teacher, student, rolling], rows)
-        if run.progress["update"] == 0 and part == 0:
+        if part == 0 and run.progress["update"] == 0:
             save_samples(run, phase, nets)
         if not train_part(run, phase, part, nets, prior, trained, optimizer):
             return None
@@ -599,11 +611,13 @@ def train_phase(run: Run, phase: Phase, source: Path, gc: Path | None, checkpoin
 
     save_samples(run, phase, nets)
     if phase.name.isdigit():
-        errors = {"paired_error": evaluation.paired_error(evaluation.end_points(rolling, m)),
+        m = int(phase.name)
+        errors = {"paired_error": evaluation.paired_error(evaluation.end_points(nets.rolling, m)),
                   "paired_error_undistilled": evaluation.paired_error(evaluation.reference(str(m)))}  # fmt: skip
-        rolling.forwards = 0  # measuring is no training
+        nets.rolling.forwards = 0  # measuring is no training
+        errors = {name: f"{error:.5f}" for name, error in errors.items()}
         run.metrics.flush(accelerator, phase=phase.name, total_updates=run.progress["total"], **errors)
-        accelerator.print("paired trajectory error at {} steps: {paired_error:.4f} (undistilled {paired_error_undistilled:.4f})".format(m, **errors))
+        accelerator.print(f"{m} steps: paired trajectory error {errors['paired_error']}, undistilled {errors['paired_error_undistilled']}")
     return accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
 
 
@@ -640,18 +654,20 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     noise = torch.Generator(device).manual_seed(1000 * args.seed + rank)
     schedule, prompts = load_schedule(pipe).to(device), PromptEncoder(pipe, device)
     data = LatentData(dataset, pipe, prompts, args.batch_size, args.seed, rank, world_size, noise, args.cache_latents)
-    columns = [f"loss_t{t}" for t in timestep_grid(args.teacher_steps // 2)]  # later students' grids are parts of this one
+    grid = timestep_grid(args.teacher_steps // 2)  # of the first student: those of the later ones are parts of it
+    t_columns = [f"loss_t{t}" for t in grid]
     metrics = Metrics(
         out / "metrics.csv",
         ["phase", "part", "update", "total_updates", "unet_forwards", "buffer_size", "lr", "seconds", "paired_error",
          "paired_error_undistilled"],
-        ["loss", "loss_forward", "loss_dagger", *columns, "grad_norm", "buffer_age", "student_moves", "moved_by_reflect"], device,
+        ["loss", "loss_forward", "loss_dagger", *t_columns, "grad_norm", "buffer_age", "student_moves", "moved_by_reflect"], device,
     )  # fmt: skip
     run = Run(
         args, accelerator, pipe, schedule, support_of(args.reflect, data), prompts, prompts.null(), data, noise,
         torch.Generator().manual_seed(args.seed), TrajectoryBuffer(args.buffer_size), metrics,
         Evaluation(args, accelerator, schedule, prompts, held_out, latent_shape(pipe)), StopRequest(),
-        dict(phase=0, part=0, update=0, total=0, forwards=0, credit=0.0),
+        dict(phase=0, part=0, update=0, total=0, forwards=0, credit=0.0), t_columns[::-1],
+        torch.tensor(grid[::-1], device=device),
     )  # fmt: skip
     if args.report_to:
         accelerator.init_trackers("pd_ddil", config={name: str(value) for name, value in vars(args).items()})
