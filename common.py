@@ -4,9 +4,9 @@ DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v
 `torch` alone, hold no state but two small classes, and are meant to be copied. Section 5 is plumbing around diffusers.
 [D n] are the readings of the paper that README lists.
 
-Glossary. z_t = alpha_t x + sigma_t eps with alpha_t^2 + sigma_t^2 = 1;  v = alpha_t eps - sigma_t x;  x_hat, v_hat: estimates.
-          Time runs from noise (t = 999) to data (0): t > m > s. CLEAN is the end of every trajectory, alpha = 1, sigma = 0.
-          w is diffusers' guidance_scale [D10].
+Glossary. z_t = alpha_t x + sigma_t eps with alpha_t^2 + sigma_t^2 = 1; v = alpha_t eps - sigma_t x; x_hat, v_hat are
+          estimates. Time runs from noise (t = 999) to data (0): t > m > s. CLEAN is the end of every trajectory, where
+          alpha = 1 and sigma = 0. w is diffusers' guidance_scale [D10].
 """
 
 import csv
@@ -54,7 +54,7 @@ class NoiseSchedule:
 def timestep_grid(n: int, spacing: str = "linspace", T: int = 1000) -> list[int]:
     """The n timesteps of a sampler, from noise to data, without the clean end [D2]: 4 -> [999, 749, 500, 250].
 
-    "linspace" is PD's grid (DPM++'s default; 32 > 16 > 8 > 4 > 2 > 1 are nested), "trailing" LCM's and DMD2's (999, 979, ...).
+    "linspace" is PD's (DPM++'s default; 32 > 16 > 8 > 4 > 2 > 1 are nested), "trailing" LCM's and DMD2's: 999, 979, ...
     """
     if not 1 <= n <= T - 1:
         raise ValueError(f"a grid of {n} steps: must lie in 1..{T - 1}")
@@ -99,7 +99,7 @@ def v_from_prediction(schedule: NoiseSchedule, z_t: Tensor, output: Tensor, t: T
 # 2. Reflected DDIM step
 # ----------------------------------------------------------------------------------------------------------------------
 
-Support = tuple[Tensor, Tensor] | None  # (lo, hi), each [1, C, 1, 1]: the data's range in latent space; None: no threshold
+Support = tuple[Tensor, Tensor] | None  # (lo, hi), each [1, C, 1, 1]: the data's range in latent space; None: none
 
 
 def measure_support(x: Tensor, tail: float = 5e-4) -> Support:
@@ -345,11 +345,11 @@ def load_pipeline(name: str, flag: str = "--teacher"):
     path = Path(name)
     is_hub_name = not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not is_hub_name and not (path / "model_index.json").is_file():
-        raise SystemExit(f"{flag} {name}: no such pipeline folder (it must hold model_index.json), nor a hub name owner/name")
+        raise SystemExit(f"{flag} {name}: no pipeline folder (it must hold model_index.json), nor a hub name owner/name")
     try:
         kind = diffusers.DiffusionPipeline.load_config(name, local_files_only=not is_hub_name)["_class_name"]
         if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
-            raise SystemExit(f"{flag} {name}: {kind} is not supported; StableDiffusion and StableDiffusionXL pipelines are")
+            raise SystemExit(f"{flag} {name}: {kind} is not supported; Stable Diffusion and SDXL pipelines are")
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = getattr(diffusers, kind).from_pretrained(
             name, use_safetensors=True, local_files_only=not is_hub_name, **(extra if "XL" not in kind else {})
@@ -357,7 +357,8 @@ def load_pipeline(name: str, flag: str = "--teacher"):
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{flag} {name}: cannot be loaded ({error})")
     config = pipe.scheduler.config
-    if "num_train_timesteps" not in config or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
+    types = ("epsilon", "v_prediction", "sample")
+    if "num_train_timesteps" not in config or config.get("prediction_type") not in types:
         kind = type(pipe.scheduler).__name__
         raise SystemExit(f"{flag} {name}: scheduler {kind} is not supported; its config must hold VP betas and an "
                          "epsilon, v_prediction or sample prediction_type (flow matching is not)")  # fmt: skip
@@ -391,7 +392,8 @@ class PromptEncoder:
     def __init__(self, pipe, device, memo: int = 1024):
         self.encoders, self.device = [e.to(device) for e in text_encoders(pipe)], device
         self.tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
-        self.xl, self.zero_null = hasattr(pipe, "text_encoder_2"), pipe.config.get("force_zeros_for_empty_prompt", False)
+        self.xl = hasattr(pipe, "text_encoder_2")
+        self.zero_null = pipe.config.get("force_zeros_for_empty_prompt", False)
         height, width = (n * pipe.vae_scale_factor for n in latent_shape(pipe)[1:])
         self.time_ids = [height, width, 0, 0, height, width]  # SDXL: original size, crop corner, target size
         self.memo, self.memo_size = {}, memo  # embeddings of recent prompts: small data sets are encoded just once
@@ -433,7 +435,7 @@ class PromptEncoder:
 def load_images(name: str, flag: str = "--data"):
     """(training set, held-out captions): Hugging Face datasets with columns image and caption, from anything that
     `datasets.load_dataset` reads: a folder (parquet, imagefolder with metadata.jsonl, webdataset tars) or a hub name.
-    Held out are the captions of the test / validation split; where there is none, of the last 256 rows (then not trained on)."""
+    Held out are the captions of the test / validation split; without one, of the last 256 rows, then not trained on."""
     import datasets
 
     path = Path(name)
@@ -451,7 +453,8 @@ def load_images(name: str, flag: str = "--data"):
         raise SystemExit(f"{flag} {name}: has no {missing}; its columns are {list(train.features)}")
 
     def columns(split):
-        return split.select_columns([images[0], captions[0]]).rename_columns({images[0]: "image", captions[0]: "caption"})
+        names = {images[0]: "image", captions[0]: "caption"}
+        return split.select_columns(list(names)).rename_columns(names)
 
     held_out = next((splits[s] for s in ("test", "validation") if s in splits), None)
     if held_out is None:
@@ -549,6 +552,8 @@ def resolve(args, recipes: dict, free: Sequence[str]):
     if recipe not in recipes:
         raise SystemExit(f"--recipe {recipe}: unknown; the recipes are {', '.join(recipes)}")
     defaults = recipes[recipe] | {"recipe": recipe}
+    if args.resume and args.overwrite:
+        raise SystemExit("--resume and --overwrite exclude each other: the one goes on with a run, the other deletes it")
     if args.resume:
         folder = args.output_dir or defaults["output_dir"]
         if not (Path(folder) / "config.json").is_file():
@@ -563,7 +568,7 @@ def resolve(args, recipes: dict, free: Sequence[str]):
 def refuse_changes(now: dict, saved: dict) -> None:
     """SystemExit naming every entry of `now` that differs from the saved run's."""
     now = json.loads(json.dumps(now))  # tuples become lists, as in the file
-    differs = [f"{name}: saved {saved.get(name)}, now {value}" for name, value in now.items() if saved.get(name) != value]
+    differs = [f"{name}: saved {saved.get(name)}, now {v}" for name, v in now.items() if saved.get(name) != v]
     if differs:
         raise SystemExit("--resume: this is not the run that was saved; " + "; ".join(differs))
 
@@ -582,8 +587,8 @@ def check_output_dir(args) -> None:
     if args.resume or not folder.exists() or not any(folder.iterdir()):
         return
     if not args.overwrite:
-        raise SystemExit(f"--output_dir {folder}: is not empty; --resume goes on with the run in it, --overwrite deletes "
-                         "it, or choose another folder")  # fmt: skip
+        raise SystemExit(f"--output_dir {folder}: is not empty; --resume goes on with the run in it, --overwrite "
+                         "deletes it, or choose another folder")  # fmt: skip
     if not (folder / "config.json").is_file():
         raise SystemExit(f"--overwrite: {folder} is no run folder (it has no config.json) and is left alone")
 
@@ -616,8 +621,10 @@ def save_pipeline(folder: Path, pipe, unet, scheduler) -> None:
     replace_folder(Path(folder), student.save_pretrained)
 
 
-def save_checkpoint(accelerator, folder: Path, update: int, progress: dict, rank_state: dict, student=None, optimizer=None) -> None:
-    """checkpoints/<update>: progress, every rank's own state, weights and optimiser; older checkpoints are deleted after.
+def save_checkpoint(
+    accelerator, folder: Path, update: int, progress: dict, rank_state: dict, student=None, optimizer=None
+) -> None:
+    """checkpoints/<update>: progress, every rank's own state, weights and optimiser; older ones are deleted after.
 
     Written under another name and renamed, so that a kill leaves the old checkpoint or the new one.
     """

@@ -1,9 +1,9 @@
-"""Progressive distillation with imitation learning: halve a guided diffusion model's steps, 32 -> 16 -> 8 -> 4 (-> 2 -> 1).
+"""Progressive distillation with imitation learning: halve the steps of a guided diffusion model, 32 -> 16 -> 8 -> 4.
 
 DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v1, Algorithms 1-3, sec. 5, App. A.
 
     laptop, 8 minutes   accelerate launch pd_ddil.py --teacher_steps 32
-    one GPU             accelerate launch --mixed_precision bf16 pd_ddil.py --recipe sd15 --teacher SD15_FOLDER --data FOLDER
+    one GPU             accelerate launch --mixed_precision bf16 pd_ddil.py --recipe sd15 --teacher PIPELINE --data IMAGES
     eight GPUs          accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pd_ddil.py --recipe sd15 ...
 
 paper                                            code
@@ -41,7 +41,7 @@ from common import (
     TrajectoryBuffer, UNetModel, add_noise, check_images, check_output_dir, create_output_dir, ddim_step, fingerprint,
     last_checkpoint, latent_shape, load_images, load_pipeline, load_schedule, load_state, measure_support, mixed_rollout,
     moved_fraction, noise_of, reflect_v, refuse_changes, resolve, rotation, save_checkpoint, save_grid, save_pipeline,
-    student_rollout, timestep_grid, with_guidance, x_from_v,
+    student_rollout, text_encoders, timestep_grid, with_guidance, x_from_v,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -149,7 +149,8 @@ def check_args(args) -> None:
     known = {"v", "gc", *halvings(n, m)} | set(RECIPES["tiny"]["updates"])
     for phase, updates in args.updates.items():
         if phase not in known or not 1 <= len(updates) <= 2 or min(updates) < 1:
-            raise SystemExit(f"--updates {phase}={updates}: phases are {', '.join(sorted(known))}, with one or two parts of >= 1 updates")
+            raise SystemExit(f"--updates {phase}={updates}: phases are {', '.join(sorted(known))}; give each one or two "
+                             "parts, of 1 update or more")  # fmt: skip
     try:
         radius_is_positive = args.reflect in ("measured", "none") or 0 < float(args.reflect) < float("inf")
     except ValueError:
@@ -325,8 +326,8 @@ class Evaluation:
 
 def describe(args, phases: list[Phase], pipe, n_images: int, world_size: int) -> str:
     """What --dry_run prints: resolved recipe, phases, batch arithmetic, parameters and memory."""
-    count = lambda *modules: sum(p.numel() for m in modules if m is not None for p in m.parameters())  # noqa: E731
-    unet, others = count(pipe.unet), count(pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
+    unet = pipe.unet.num_parameters()
+    others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
     state = 2 * 4 * torch.Size(latent_shape(pipe)).numel()  # z_t and z_s in fp32
     gib = (16 * unet + 4 * unet + 4 * others + args.buffer_size * state) / 2**30
     accumulation = args.global_batch_size // (args.batch_size * world_size)
@@ -334,7 +335,7 @@ def describe(args, phases: list[Phase], pipe, n_images: int, world_size: int) ->
         "": "",
         "images": n_images,
         "batch": f"{world_size} processes x {args.batch_size} x {accumulation} accumulated = {args.global_batch_size}",
-        **{f"phase {p.name}": f"updates {p.updates}, p_forward {p.p_forward}, student_rate {p.student_rate}" for p in phases},
+        **{f"phase {p.name}": f"{p.updates} updates, p_forward {p.p_forward}, student_rate {p.student_rate}" for p in phases},
         "updates in all": sum(sum(p.updates) for p in phases),
         "parameters": f"UNet {unet / 1e6:.1f}M, VAE and text encoders {others / 1e6:.1f}M",
         "memory a process": f"{gib:.2f} GiB for student, gradient and AdamW (16 bytes a parameter), teacher, VAE, text "
@@ -405,7 +406,7 @@ def forward_batch(run: Run, nets: Networks) -> tuple[Tensor, Tensor, Tensor, Ten
 def dagger_batch(run: Run, nets: Networks, student_rate: float) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
     """DDIL: (z_t, z_s, t, s, cond) from D_DAgger (Alg. 3 line 4), which is refreshed so that a state is used R times."""
     batch_size = run.args.batch_size
-    if run.progress["credit"] < batch_size:  # Alg. 3 line 11
+    while run.progress["credit"] < batch_size:  # Alg. 3 line 11
         rows = collect(run, nets, student_rate)
         run.buffer.add(**rows, born=torch.full_like(rows["w"], run.progress["total"]))
         run.progress["credit"] += len(rows["w"]) * run.args.reuse
@@ -468,6 +469,7 @@ def update_student(run: Run, phase: Phase, part: int, source: str, nets: Network
         losses = losses.detach()
         run.metrics.add("loss", losses)
         run.metrics.add(f"loss_{source}", losses)
+        run.metrics.add("t_mean", t)  # D_DAgger shifts the marginal of t, as it has no start states [D16]
         run.metrics.add_by(run.t_columns, torch.bucketize(t, run.t_bins), losses)
         run.progress["forwards"] += 2 * len(losses)  # the backward pass; forwards are counted by the networks
     for model in nets.counted:
@@ -503,15 +505,16 @@ def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: Samplin
                     lr=f"{lr:.3g}", seconds=f"{time.time() - clock:.2f}",
                 )  # fmt: skip
                 clock = time.time()
-                accelerator.log({f"{phase.name}/{name}": value for name, value in means.items()}, step=progress["total"])
-                bar.set_postfix_str(f"loss {means['loss']:.4f} lr {lr:.1e}")
+                accelerator.log({f"{phase.name}/{name}": mean for name, mean in means.items()}, step=progress["total"])
+                if accelerator.is_main_process:
+                    tqdm.write(f"{phase.name} part {part + 1}: {update + 1}/{updates} loss {means['loss']:.4f} lr {lr:.1e}")
             if progress["total"] % args.save_every == 0 and update + 1 < updates:
                 save(run, trained, optimizer)
                 save_samples(run, phase, nets)
             if run.stop.agreed(accelerator):
                 save(run, trained, optimizer)
                 bar.close()
-                accelerator.print(f"stopped after update {progress['total']}, in phase {phase.name}: saved; --resume goes on")
+                accelerator.print(f"stopped after update {progress['total']}, phase {phase.name}: saved; --resume goes on")
                 return False
     return True
 
@@ -544,7 +547,8 @@ def save_samples(run: Run, phase: Phase, nets: Networks) -> None:
     for model in nets.counted:
         model.forwards = 0  # pictures are no training
     if run.accelerator.is_main_process:
-        save_grid(Path(run.args.output_dir) / "samples" / f"{run.progress['total']:06d}-{phase.name}.png", run.pipe, rows)
+        name = f"{run.progress['total']:06d}-{phase.name}.png"
+        save_grid(Path(run.args.output_dir) / "samples" / name, run.pipe, rows)
 
 
 def open_phase(run: Run, phase: Phase, source: Path) -> tuple[UNetModel, Model, torch.nn.Module]:
@@ -568,7 +572,9 @@ def open_phase(run: Run, phase: Phase, source: Path) -> tuple[UNetModel, Model, 
     return network, teacher, student_unet
 
 
-def prepare_part(run: Run, phase: Phase, network: UNetModel, teacher: Model, student_unet, rows: dict, checkpoint: Path | None):
+def prepare_part(
+    run: Run, phase: Phase, network: UNetModel, teacher: Model, student_unet, rows: dict, checkpoint: Path | None = None
+):
     """(nets, trained, optimizer): the student under the engine, with the part's own optimiser [D7]."""
     accelerator = run.accelerator
     accelerator.free_memory()  # the engine holds on to what it prepared for the part before
@@ -617,7 +623,7 @@ def train_phase(run: Run, phase: Phase, source: Path, gc: Path, checkpoint: Path
         nets.rolling.forwards = 0  # measuring is no training
         errors = {name: f"{error:.5f}" for name, error in errors.items()}
         run.metrics.flush(accelerator, phase=phase.name, total_updates=run.progress["total"], **errors)
-        accelerator.print(f"{m} steps: paired trajectory error {errors['paired_error']}, undistilled {errors['paired_error_undistilled']}")
+        accelerator.print("{} steps: paired trajectory error {paired_error}, undistilled {paired_error_undistilled}".format(m, **errors))
     return accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
 
 
@@ -634,8 +640,13 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
         check_output_dir(args)
 
     pipe = load_pipeline(args.teacher)
+    schedule, prediction_type = load_schedule(pipe).to(device), pipe.scheduler.config.prediction_type
+    has_w = pipe.unet.config.time_cond_proj_dim is not None
+    if prediction_type == "epsilon" and (has_w or schedule.alpha.min() == 0):
+        what = "a w embedding (an LCM, perhaps)" if has_w else "zero terminal SNR"
+        raise SystemExit(f"--teacher {args.teacher}: predicts epsilon and has {what}; that needs v-prediction")
     dataset, held_out = load_images(args.data)
-    phases = plan_phases(args, pipe.scheduler.config.prediction_type, pipe.unet.config.time_cond_proj_dim is not None)
+    phases = plan_phases(args, prediction_type, has_w)
     if args.dry_run or args.check_data:
         report = describe(args, phases, pipe, len(dataset), world_size) if args.dry_run else ""
         counts = check_images(dataset) if args.check_data else {}
@@ -643,7 +654,8 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
         return None, phases
 
     out = Path(args.output_dir)
-    facts = dict(world_size=world_size, mixed_precision=accelerator.mixed_precision, teacher_weights=fingerprint(pipe.unet))
+    facts = {"world_size": world_size, "mixed_precision": accelerator.mixed_precision,
+             "teacher_weights": fingerprint(pipe.unet)}  # fmt: skip
     if args.resume:
         refuse_changes(facts, json.loads((out / "config.json").read_text()))
     elif accelerator.is_main_process:
@@ -652,7 +664,7 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
 
     set_seed(args.seed, device_specific=True)
     noise = torch.Generator(device).manual_seed(1000 * args.seed + rank)
-    schedule, prompts = load_schedule(pipe).to(device), PromptEncoder(pipe, device)
+    prompts = PromptEncoder(pipe, device)
     data = LatentData(dataset, pipe, prompts, args.batch_size, args.seed, rank, world_size, noise, args.cache_latents)
     grid = timestep_grid(args.teacher_steps // 2)  # of the first student: those of the later ones are parts of it
     t_columns = [f"loss_t{t}" for t in grid]
@@ -660,7 +672,8 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
         out / "metrics.csv",
         ["phase", "part", "update", "total_updates", "unet_forwards", "buffer_size", "lr", "seconds", "paired_error",
          "paired_error_undistilled"],
-        ["loss", "loss_forward", "loss_dagger", *t_columns, "grad_norm", "buffer_age", "student_moves", "moved_by_reflect"], device,
+        ["loss", "loss_forward", "loss_dagger", *t_columns, "t_mean", "grad_norm", "buffer_age", "student_moves",
+         "moved_by_reflect"], device,
     )  # fmt: skip
     run = Run(
         args, accelerator, pipe, schedule, support_of(args.reflect, data), prompts, prompts.null(), data, noise,
@@ -714,7 +727,8 @@ def main(argv=None) -> None:
         save(run)
     if accelerator.is_main_process:
         save_pipeline(out / "pipeline", run.pipe, load_pipeline(str(folders[-1])).unet, sampler_of(run.pipe))
-    accelerator.print(f"done: {out / 'pipeline'} samples in {args.student_steps} steps, with any guidance_scale in {args.guidance_range}")
+    lo, hi = args.guidance_range
+    accelerator.print(f"done: {out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {lo} to {hi}")
     accelerator.end_training()
 
 

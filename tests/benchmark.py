@@ -1,0 +1,168 @@
+"""Speed and memory, as ratios within one run: `python tests/benchmark.py [name ...]` prints a line for each figure.
+
+    pd.ddil_over_plain   seconds and UNet forwards of PD + DDIL over plain PD: each stage, the whole tiny recipe
+    pd.update_over_unet  seconds of an update over its bare UNet forwards and backward: tiny (without the optimiser; two
+                         sums of the same numbers, what is left is overhead), mid size (30M parameters, everything)
+    pd.peak_memory       peak resident memory of a mid-size stage with DDIL over the same stage without
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pd_ddil  # noqa: E402
+from common import load_pipeline, save_pipeline  # noqa: E402
+
+
+def report(name: str, value: float, unit: str = "x") -> None:
+    print(f"{name} {value:.3f} {unit}", flush=True)
+
+
+def seconds(function, *args) -> float:
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def tiny_gc(folder: Path) -> Path:
+    """assets/tiny as a v-prediction teacher with a w embedding, so that a run has halvings only; speed needs no training."""
+    pipe = load_pipeline(str(ROOT / "assets/tiny/pipeline"))
+    save_pipeline(folder, pipe, pd_ddil.with_w_embedding(pipe.unet), pd_ddil.sampler_of(pipe))
+    return folder
+
+
+def mid_gc(folder: Path) -> Path:
+    """The same with a random 30M-parameter UNet on 32x32 latents of 128-pixel images."""
+    from diffusers import UNet2DConditionModel
+
+    pipe = load_pipeline(str(ROOT / "assets/tiny/pipeline"))
+    down, up = ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2
+    unet = UNet2DConditionModel(sample_size=32, in_channels=4, out_channels=4, block_out_channels=(128, 192, 256),
+                                down_block_types=down, up_block_types=up, layers_per_block=2, attention_head_dim=8,
+                                cross_attention_dim=pipe.unet.config.cross_attention_dim)  # fmt: skip
+    save_pipeline(folder, pipe, pd_ddil.with_w_embedding(unet), pd_ddil.sampler_of(pipe))
+    return folder
+
+
+def few_images(folder: Path) -> Path:
+    from datasets import load_dataset
+
+    folder.mkdir()
+    data = load_dataset(str(ROOT / "assets/tiny/data"))
+    data["train"].select(range(64)).to_parquet(folder / "train.parquet")
+    data["test"].select(range(16)).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def open_run(folder: Path, *flags: str):
+    args = pd_ddil.parse_args(["--teacher", str(folder / "gc"), "--output_dir", str(folder / "run"), "--overwrite", *flags])
+    return pd_ddil.setup(args, Accelerator())
+
+
+def open_part(run, phase, part: int, source: Path):
+    network, teacher, student_unet = pd_ddil.open_phase(run, phase, source)
+    return pd_ddil.prepare_part(run, phase, network, teacher, student_unet, rows={})
+
+
+def ddil_over_plain() -> None:
+    """Forward and D_DAgger updates in turn; a part's time follows from the shares in which it mixes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = tiny_gc(Path(folder) / "gc")
+        run, phases = open_run(Path(folder))
+        whole = torch.zeros(2, 2)  # (time, forwards) x (DDIL, plain)
+        for phase in phases:
+            stage = torch.zeros(2, 2)
+            for part, updates in enumerate(phase.updates):
+                nets, trained, optimizer = open_part(run, phase, part, source)
+                run.buffer.clear()
+                run.progress["credit"] = 0.0
+                cost = {}
+                for s in ("forward", "dagger"):
+                    pd_ddil.update_student(run, phase, part, s, nets, trained, optimizer)  # warm-up; fills D_DAgger
+                    cost[s] = torch.zeros(2)
+                run.progress["credit"], rounds = 0.0, 0
+                # whole cycles of one collection and its uses; at least 16 updates of each kind
+                while rounds < 16 or run.progress["credit"] >= run.args.batch_size:
+                    for s in ("forward", "dagger"):
+                        before = run.progress["forwards"]
+                        elapsed = seconds(pd_ddil.update_student, run, phase, part, s, nets, trained, optimizer)
+                        cost[s] += torch.tensor([elapsed, run.progress["forwards"] - before])
+                    rounds += 1
+                p = phase.p_forward[part]
+                mixture = p * cost["forward"] + (1 - p) * cost["dagger"]
+                stage += updates / rounds * torch.stack([mixture, cost["forward"]], dim=1)
+            for unit, (ddil, plain) in zip(("time", "forwards"), stage.tolist()):
+                report(f"pd.ddil_over_plain.{phase.name}.{unit}", ddil / plain)
+            whole += stage
+        for unit, (ddil, plain) in zip(("time", "forwards"), whole.tolist()):
+            report(f"pd.ddil_over_plain.whole.{unit}", ddil / plain)
+
+
+def update_over_unet(name: str, make_gc, flags: list[str], rounds: int, with_optimizer: bool) -> None:
+    """Plain PD updates and their bare UNet work (two teacher forwards, the student's forward and backward) in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        source = make_gc(folder / "gc")
+        run, phases = open_run(folder, "--data", str(few_images(folder / "data")), *flags)
+        nets, trained, optimizer = open_part(run, phases[-1], 0, source)
+        network = nets.counted[0]
+        x, _, cond = run.data_batch()
+        t = torch.full((len(x),), 500)
+        inputs = dict(encoder_hidden_states=cond["prompt"], timestep_cond=torch.randn(len(x), pd_ddil.W_EMBEDDING_DIM))
+
+        def bare():
+            with torch.no_grad():
+                for _ in range(2):
+                    network.unet(x, t, **inputs)
+            trained(x, t, **inputs).sample.mean().backward()
+            trained.zero_grad()
+
+        def update():
+            pd_ddil.update_student(run, phases[-1], 0, "forward", nets, trained, optimizer)
+
+        if not with_optimizer:
+            optimizer.step = lambda: None
+        update(), bare()
+        updates, bares = zip(*[(seconds(update), seconds(bare)) for _ in range(rounds)])
+        report(f"pd.update_over_unet.{name}", statistics.median(updates) / statistics.median(bares))
+
+
+def peak_memory() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        mid_gc(folder / "gc"), few_images(folder / "data")
+        peaks = {}
+        for arm, prior in (("ddil", "0.5"), ("plain", "1")):
+            flags = f"--teacher {folder}/gc --data {folder}/data --output_dir {folder}/{arm} --p_forward {prior} --teacher_steps 8 "
+            flags += "--updates 4=8 --global_batch_size 4 --eval_prompts 4"
+            code = "import pd_ddil, resource, sys; pd_ddil.main(sys.argv[1:]); "
+            code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            command = [sys.executable, "-c", code, *flags.split()]
+            out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            peaks[arm] = int(out.split()[-1]) / 2**20
+        report("pd.peak_memory.plain", peaks["plain"], "GiB")
+        report("pd.peak_memory.ddil_over_plain", peaks["ddil"] / peaks["plain"])
+
+
+BENCHMARKS = {
+    "pd.ddil_over_plain": ddil_over_plain,
+    "pd.update_over_unet.tiny": lambda: update_over_unet("tiny", tiny_gc, [], 30, with_optimizer=False),
+    "pd.update_over_unet.mid": lambda: update_over_unet("mid", mid_gc, ["--global_batch_size", "4"], 8, with_optimizer=True),
+    "pd.peak_memory": peak_memory,
+}
+
+if __name__ == "__main__":
+    chosen = [name for name in BENCHMARKS if not sys.argv[1:] or any(name.startswith(arg) for arg in sys.argv[1:])]
+    if not chosen:
+        raise SystemExit(f"no benchmark {sys.argv[1:]}; there are {', '.join(BENCHMARKS)}")
+    for name in chosen:
+        BENCHMARKS[name]()
