@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -111,8 +112,8 @@ def measure_support(x: Tensor, tail: float = 5e-4) -> Support:
     return lo.view(1, -1, 1, 1), hi.view(1, -1, 1, 1)
 
 
-def reflect(x_hat: Tensor, support: Support) -> Tensor:
-    """DDIL's thresholding: project x_hat [B, C, h, w] onto the data's support (sec. 4.1, App. A)."""
+def reflect(x_hat: Tensor, support: Support) -> Tensor:  # DDIL: thresholding (sec. 4.1, App. A)
+    """Project x_hat [B, C, h, w] onto the data's support."""
     return x_hat if support is None else x_hat.clamp(*support)
 
 
@@ -141,7 +142,7 @@ def ddim_step(schedule: NoiseSchedule, z_t: Tensor, v: Tensor, t: Tensor, s: Ten
 
     DDIM is the rotation z_s = c z_t - d v [D18]: no division by alpha or sigma, and z_CLEAN is exactly x_hat.
     """
-    v = reflect_v(schedule, z_t, v, t, support)  # DDIL: thresholding
+    v = reflect_v(schedule, z_t, v, t, support)  # DDIL: reflected
     c, d = rotation(schedule, t, s)
     return c * z_t - d * v
 
@@ -180,7 +181,7 @@ def student_rollout(
 
 
 @torch.no_grad()
-def mixed_rollout(
+def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     schedule: NoiseSchedule, teacher: Model, student: Model, z: Tensor, teacher_grid: Sequence[int],
     student_grid: Sequence[int], cond: dict, student_rate: float, generator: torch.Generator, support: Support = None,
     query: Sequence[int] | None = None,
@@ -220,7 +221,7 @@ def mixed_rollout(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class SamplingPrior:
+class SamplingPrior:  # DDIL: Alg. 1 lines 2-5, App. A
     """Where z_t comes from: a categorical distribution over sources [D3], given for each part of training (App. A).
 
     SamplingPrior(generator, forward=(.75, .5), dagger=(.25, .5)). Every rank seeds this generator alike and draws from
@@ -243,7 +244,7 @@ class SamplingPrior:
         return max(row, key=row.get)  # p fell into the rounding gap below 1
 
 
-class TrajectoryBuffer:
+class TrajectoryBuffer:  # DDIL: Alg. 2 line 6
     """D_DAgger: a ring buffer of named rows [n, ...]; the oldest states are overwritten, sampling is uniform."""
 
     def __init__(self, capacity: int):
@@ -259,7 +260,7 @@ class TrajectoryBuffer:
         for name, value in rows.items():
             if name not in self.rows:
                 self.rows[name] = value.new_empty(self.capacity, *value.shape[1:])
-            self.rows[name][slots.to(value.device)] = value[-self.capacity :]
+            self.rows[name][slots.to(self.rows[name].device)] = value[-self.capacity :].to(self.rows[name].device)
         self.added += n
 
     def sample(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -352,29 +353,38 @@ def load_pipeline(name: str, flag: str = "--teacher"):
             raise SystemExit(f"{flag} {name}: {kind} is not supported; Stable Diffusion and SDXL pipelines are")
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = getattr(diffusers, kind).from_pretrained(
-            name, use_safetensors=True, local_files_only=not is_hub_name, **(extra if "XL" not in kind else {})
-        )
-    except (OSError, ValueError, KeyError) as error:
+            name, use_safetensors=True, local_files_only=not is_hub_name, torch_dtype=torch.float32,
+            **(extra if "XL" not in kind else {}),
+        )  # fmt: skip
+    except Exception as error:  # the libraries raise many kinds, all with a usable message
         raise SystemExit(f"{flag} {name}: cannot be loaded ({error})")
     config = pipe.scheduler.config
-    types = ("epsilon", "v_prediction", "sample")
-    if "num_train_timesteps" not in config or config.get("prediction_type") not in types:
+    is_vp = "beta_start" in config and config.get("num_train_timesteps") == 1000
+    if not is_vp or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
         kind = type(pipe.scheduler).__name__
-        raise SystemExit(f"{flag} {name}: scheduler {kind} is not supported; its config must hold VP betas and an "
-                         "epsilon, v_prediction or sample prediction_type (flow matching is not)")  # fmt: skip
+        raise SystemExit(f"{flag} {name}: scheduler {kind} is not supported; its config must hold the betas of 1000 steps "
+                         "and predict epsilon, v_prediction or sample (EDM and flow matching do not)")  # fmt: skip
+    unet, latent_channels = pipe.unet.config, pipe.vae.config.latent_channels
+    if not unet.in_channels == unet.out_channels == latent_channels or unet.class_embed_type or unet.encoder_hid_dim_type:
+        raise SystemExit(f"{flag} {name}: its UNet ({unet.in_channels} -> {unet.out_channels} channels, {latent_channels} latent "
+                         "ones) is not plain text-to-image: inpainting and image-conditioned ones are not supported")  # fmt: skip
     for module in (pipe.vae, pipe.unet, *text_encoders(pipe)):
         module.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+def betas_of(pipe) -> dict:
+    """The part of a scheduler's config that says what the noise is, and nothing of how it samples."""
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    return {name: value for name, value in pipe.scheduler.config.items() if name in names}
+
+
 def load_schedule(pipe) -> NoiseSchedule:
     """The teacher's noise schedule; diffusers computes the betas."""
     from diffusers import DDPMScheduler
 
-    config = {k: v for k, v in pipe.scheduler.config.items() if k in ("num_train_timesteps", "beta_start", "beta_end",
-              "beta_schedule", "trained_betas", "rescale_betas_zero_snr")}  # fmt: skip
-    return NoiseSchedule.from_alphas_cumprod(DDPMScheduler(**config).alphas_cumprod)
+    return NoiseSchedule.from_alphas_cumprod(DDPMScheduler(**betas_of(pipe)).alphas_cumprod)
 
 
 def text_encoders(pipe) -> list:
@@ -443,7 +453,7 @@ def load_images(name: str, flag: str = "--data"):
         raise SystemExit(f"{flag} {name}: no such folder, nor a hub name owner/name")
     try:
         splits = datasets.load_dataset(str(path.resolve()) if path.exists() else name)
-    except Exception as error:  # the library raises many kinds, all with a usable message
+    except Exception as error:  # as above
         raise SystemExit(f"{flag} {name}: cannot be read as a data set ({error})")
     train = splits["train"] if "train" in splits else next(iter(splits.values()))
     images = [c for c, f in train.features.items() if isinstance(f, datasets.Image)]
@@ -458,7 +468,7 @@ def load_images(name: str, flag: str = "--data"):
 
     held_out = next((splits[s] for s in ("test", "validation") if s in splits), None)
     if held_out is None:
-        n = min(256, len(train) // 10)
+        n = min(256, max(1, len(train) // 10))
         train, held_out = train.select(range(len(train) - n)), train.select(range(len(train) - n, len(train)))
     if len(train) == 0:
         raise SystemExit(f"{flag} {name}: its training split is empty")
@@ -497,7 +507,7 @@ class LatentData:
         if cache:
             from tqdm import tqdm
 
-            chunks = torch.arange(len(dataset)).split(64)
+            chunks = torch.arange(len(dataset)).split(batch_size)
             progress = tqdm(chunks, desc="caching latents", disable=rank != 0, leave=False)
             moments, ids = zip(*[self._encode(chunk) for chunk in progress])
             self.cache = torch.cat(moments), torch.cat(ids)
@@ -509,7 +519,7 @@ class LatentData:
         for place in range(start, start + self.batch_size):
             epoch, i = divmod(place, len(self.dataset))
             if epoch != self.epoch:
-                generator = torch.Generator().manual_seed(self.seed + epoch)
+                generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
                 self.epoch, self.order = epoch, torch.randperm(len(self.dataset), generator=generator)
             rows.append(self.order[i])
         return torch.stack(rows)
@@ -520,11 +530,15 @@ class LatentData:
         import numpy as np
         from PIL import Image, ImageOps
 
-        batch = self.dataset[rows.tolist()]
-        fitted = [ImageOps.fit(i.convert("RGB"), (self.size, self.size), Image.LANCZOS) for i in batch["image"]]
+        try:
+            batch = self.dataset[rows.tolist()]
+            fitted = [ImageOps.fit(i.convert("RGB"), (self.size, self.size), Image.LANCZOS) for i in batch["image"]]
+            ids = self.prompts.tokenize(batch["caption"])
+        except Exception as error:  # whatever a broken image or caption raises
+            raise SystemExit(f"--data: one of the rows {rows.tolist()} cannot be used ({error}); --check_data counts such rows")
         pixels = torch.from_numpy(np.stack([np.asarray(i) for i in fitted])).permute(0, 3, 1, 2)  # [B, 3, H, W] uint8
         posterior = self.vae.encode(pixels.to(self.prompts.device) / 127.5 - 1).latent_dist
-        return torch.stack([posterior.mean, posterior.std], dim=1), self.prompts.tokenize(batch["caption"])
+        return torch.stack([posterior.mean, posterior.std], dim=1), ids
 
     def sample(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         moments, ids = self._encode(rows) if self.cache is None else (m[rows.to(m.device)] for m in self.cache)
@@ -534,6 +548,14 @@ class LatentData:
     def next(self) -> tuple[Tensor, Tensor]:
         self.k += 1
         return self.sample(self.rows(self.k - 1), self.generator)
+
+    def next_ids(self) -> Tensor:
+        """The captions of the next batch without its images: the prompts of a rollout."""
+        self.k += 1
+        rows = self.rows(self.k - 1)
+        if self.cache is not None:
+            return self.cache[1][rows]
+        return self.prompts.tokenize(self.dataset.select_columns("caption")[rows.tolist()]["caption"])
 
 
 # --- runs: arguments, folders, checkpoints ---
@@ -586,6 +608,10 @@ def check_output_dir(args) -> None:
     folder = Path(args.output_dir)
     if args.resume or not folder.exists() or not any(folder.iterdir()):
         return
+    for flag in ("teacher", "data"):
+        source = Path(getattr(args, flag)).resolve()
+        if folder.resolve() in (source, *source.parents):
+            raise SystemExit(f"--output_dir {folder}: holds this run's own --{flag} {source}; choose another folder")
     if not args.overwrite:
         raise SystemExit(f"--output_dir {folder}: is not empty; --resume goes on with the run in it, --overwrite "
                          "deletes it, or choose another folder")  # fmt: skip
@@ -605,7 +631,7 @@ def create_output_dir(args, script: str, facts: dict) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under a temporary name, then rename: a kill leaves the old one or the new one, never half."""
+    """Write a folder under a temporary name, then rename: no kill leaves half a folder."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -616,7 +642,8 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def save_pipeline(folder: Path, pipe, unet, scheduler) -> None:
     """The teacher's pipeline with another UNet and scheduler, as stock diffusers loads it."""
-    extra = {} if hasattr(pipe, "text_encoder_2") else {"requires_safety_checker": False}
+    settings = ("requires_safety_checker", "force_zeros_for_empty_prompt")  # of one family each, and no components
+    extra = {name: pipe.config[name] for name in settings if name in pipe.config}
     student = type(pipe)(**{**pipe.components, "unet": unet, "scheduler": scheduler}, **extra)
     replace_folder(Path(folder), student.save_pretrained)
 
@@ -640,7 +667,8 @@ def save_checkpoint(
     torch.save(rank_state, temporary / f"rank-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
+        while final.exists():  # saved again at the same update: a later name, so that there always is a whole one
+            final = final.with_name(final.name + "+")
         temporary.rename(final)
         for old in folder.iterdir():
             if old != final:
@@ -655,7 +683,7 @@ def load_state(file: Path):
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
-    return max((p for p in folder.glob("[0-9]*") if p.name.isdigit()), default=None)
+    return max(folder.glob("[0-9]*"), default=None)
 
 
 class Metrics:
@@ -663,16 +691,16 @@ class Metrics:
 
     def __init__(self, path: Path, labels: Sequence[str], columns: Sequence[str], device):
         self.path, self.labels, self.columns = path, list(labels), list(columns)
-        self.totals = torch.zeros(2, len(columns), dtype=torch.float64, device=device)  # sums, counts
+        self.totals = torch.zeros(2, len(columns), device=device)  # sums, counts
 
     def add(self, column: str, values: Tensor | float) -> None:
-        values = torch.as_tensor(values, dtype=torch.float64, device=self.totals.device).flatten()
+        values = torch.as_tensor(values, dtype=torch.float32, device=self.totals.device).flatten()
         self.totals[:, self.columns.index(column)] += torch.stack([values.sum(), torch.ones_like(values).sum()])
 
     def add_by(self, columns: Sequence[str], index: Tensor, values: Tensor) -> None:
         """values [B] into columns[index], index [B]."""
         place = torch.tensor([self.columns.index(c) for c in columns], device=index.device)[index]
-        self.totals.index_add_(1, place, torch.stack([values.double(), torch.ones_like(values.double())]))
+        self.totals.index_add_(1, place, torch.stack([values, torch.ones_like(values)]))
 
     def flush(self, accelerator, **labels) -> dict[str, float]:
         """Append one row to the file; returns the means of the columns that have any."""
@@ -699,9 +727,15 @@ class Metrics:
                 writer.writerows(rows)
 
 
+def seed_of(*names) -> int:
+    """A seed for each thing that is random, from the run's and its name: 32 bits, all that torch's CPU generator reads."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "big")
+
+
 def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:
     """Noise [len(indices), *shape] that belongs to each index alone: the same for any batch size or number of ranks."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed * 2**32 + i)) for i in indices])
+    generators = [torch.Generator().manual_seed(seed_of(seed, "noise", int(i))) for i in indices]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def save_grid(path: Path, pipe, rows: dict[str, Tensor]) -> None:
@@ -710,8 +744,9 @@ def save_grid(path: Path, pipe, rows: dict[str, Tensor]) -> None:
 
     pictures = []
     for latents in rows.values():
-        with torch.no_grad():
-            pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+        with torch.no_grad():  # one by one: memory for a batch of decodes may not be left beside a student in training
+            latents = latents / pipe.vae.config.scaling_factor
+            pixels = torch.cat([pipe.vae.decode(z, return_dict=False)[0] for z in latents.split(1)])
         pictures.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu())  # [n, H, W, 3]
     n, height, width = pictures[0].shape[:3]
     zoom, label = max(1, 64 // height), 110
@@ -726,17 +761,20 @@ def save_grid(path: Path, pipe, rows: dict[str, Tensor]) -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a flag that the training loop reads between two updates, the same on all ranks."""
+    """Turns SIGTERM and Ctrl-C into a flag that the training loop reads between two updates, the same on all ranks.
+    Another one after five seconds stops at once (launchers may pass the first one on twice)."""
 
     def __init__(self):
         import signal
 
-        self.asked = False
+        self.asked = 0.0  # when
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def _ask(self, *_):
-        self.asked = True
+        if self.asked and time.monotonic() - self.asked > 5:
+            raise KeyboardInterrupt
+        self.asked = self.asked or time.monotonic()
 
     def agreed(self, accelerator) -> bool:
-        return bool(accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device), "sum").item())
+        return accelerator.reduce(torch.tensor(float(self.asked > 0), device=accelerator.device), "sum").item() > 0

@@ -14,7 +14,8 @@ paper                                            code
   Alg. 2    mixed trajectories -> D_DAgger         collect, common.mixed_rollout, common.TrajectoryBuffer
   Alg. 3    lines 7, 8: the teacher's two steps    teacher_landing
   Alg. 3    lines 6, 9, 10 and Eq. 3: the loss     pd_step
-  Alg. 3    lines 1-3, 11, 12: stages              main, plan_phases
+  Alg. 3    lines 1, 2, 12: stages                 plan_phases, main, open_phase
+  Alg. 3    lines 3, 11: updates, D_DAgger anew    train_part, update_student, dagger_batch
   sec. 4.1  reflected distillation [D15]           common.reflect, common.ddim_step
   App. A    priors and schedule, two parts         RECIPES, plan_phases
 
@@ -38,9 +39,9 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
-    TrajectoryBuffer, UNetModel, add_noise, check_images, check_output_dir, create_output_dir, ddim_step, fingerprint,
+    TrajectoryBuffer, UNetModel, add_noise, betas_of, check_images, check_output_dir, create_output_dir, ddim_step, fingerprint,
     last_checkpoint, latent_shape, load_images, load_pipeline, load_schedule, load_state, measure_support, mixed_rollout,
-    moved_fraction, noise_of, reflect_v, refuse_changes, resolve, rotation, save_checkpoint, save_grid, save_pipeline,
+    moved_fraction, noise_of, reflect_v, refuse_changes, resolve, rotation, save_checkpoint, save_grid, save_pipeline, seed_of,
     student_rollout, text_encoders, timestep_grid, with_guidance, x_from_v,
 )  # fmt: skip
 
@@ -66,7 +67,8 @@ RECIPES = {
 }  # fmt: skip
 COMMON_DEFAULTS = dict(teacher_steps=32, student_steps=4, reflect="measured", store_start=False, seed=0, report_to=None)
 RECIPES = {name: COMMON_DEFAULTS | recipe for name, recipe in RECIPES.items()}
-RUN_FLAGS = ("output_dir", "log_every", "save_every", "report_to")  # may differ when a run is resumed
+# May differ when a run is resumed; the teacher's path too, as its weights are compared.
+RUN_FLAGS = ("teacher", "output_dir", "log_every", "save_every", "report_to")
 GRAD_CLIP, CAPTION_DROPOUT, W_EMBEDDING_DIM = 1.0, 0.1, 256  # [D18]; 256: what diffusers' pipelines expect
 
 
@@ -123,9 +125,9 @@ def parse_args(argv=None):
 def check_args(args) -> None:
     """One clear message for what cannot work, before anything is loaded or written."""
     n, m = args.teacher_steps, args.student_steps
-    if m < 1 or n % m or (n // m) & (n // m - 1) or n == m:
+    if n < 1 or m < 1 or n % m or (n // m) & (n // m - 1) or n == m:
         raise SystemExit(f"--teacher_steps {n}: must be --student_steps ({m}) times a power of two, e.g. {4 * max(m, 1)}")
-    if not 1 <= n <= 256:
+    if n > 256:
         raise SystemExit(f"--teacher_steps {n}: must be at most 256, so that the grids nest")
     for name in ("p_forward", "student_rate"):
         values = getattr(args, name)
@@ -133,18 +135,18 @@ def check_args(args) -> None:
             raise SystemExit(f"--{name} {values}: must lie in [0, 1]")
         if len(values) not in (1, 2):
             raise SystemExit(f"--{name} {values}: give one value, or one for each of the two parts")
-    if (args.p_forward[0] < 1 or args.p_forward[-1] < 1) and args.reuse <= 0:
-        raise SystemExit(f"--reuse {args.reuse}: must be > 0")
-    for name in ("global_batch_size", "learning_rate", "buffer_size", "eval_prompts", "log_every", "save_every"):
-        if not getattr(args, name) > 0:
-            raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0")
+    if not 0 <= args.seed < 2**31:
+        raise SystemExit(f"--seed {args.seed}: must be a whole number >= 0 and < 2^31")
+    for name in ("global_batch_size", "learning_rate", "reuse", "buffer_size", "eval_prompts", "log_every", "save_every"):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0 and finite")
     if args.batch_size is not None and args.batch_size <= 0:
         raise SystemExit(f"--batch_size {args.batch_size}: must be > 0")
     if args.max_updates is not None and args.max_updates <= 0:
         raise SystemExit(f"--max_updates {args.max_updates}: must be > 0")
     if args.warmup < 0:
         raise SystemExit(f"--warmup {args.warmup}: must be >= 0")
-    if not 0 <= args.guidance_range[0] <= args.guidance_range[1]:
+    if not 0 <= args.guidance_range[0] <= args.guidance_range[1] < float("inf"):
         raise SystemExit(f"--guidance_range {args.guidance_range}: must be LO HI with 0 <= LO <= HI")
     known = {"v", "gc", *halvings(n, m)} | set(RECIPES["tiny"]["updates"])
     for phase, updates in args.updates.items():
@@ -240,7 +242,7 @@ def plan_phases(args, prediction_type: str, has_w: bool) -> list[Phase]:
     names = ["v"] * (prediction_type != "v_prediction") + ["gc"] * (not has_w)
     phases = [Phase(name, args.updates[name], [1.0], [0.0]) for name in names]
     for name in halvings(args.teacher_steps, args.student_steps):
-        updates = args.updates.get(name, args.updates["16"])  # more than 16 steps: as the first halving
+        updates = args.updates.get(name, args.updates["16"])  # a number of steps that the recipe does not list
         p_forward, rate = ([*v, *v][:2][: len(updates)] for v in (args.p_forward, args.student_rate))
         if name == "1" and not args.store_start:  # [D16]: one step visits nothing but the start, so this is plain PD
             p_forward = [1.0] * len(updates)
@@ -263,9 +265,9 @@ def sampler_of(pipe):
     """The sampler that the saved stages carry: in stock diffusers, first-order DPM-Solver++ is DDIM on our grid [D2]."""
     from diffusers import DPMSolverMultistepScheduler
 
-    return DPMSolverMultistepScheduler.from_config(
-        pipe.scheduler.config, prediction_type="v_prediction", algorithm_type="dpmsolver++", solver_order=1,
-        timestep_spacing="linspace", final_sigmas_type="zero", use_karras_sigmas=False, thresholding=False,
+    return DPMSolverMultistepScheduler(
+        **betas_of(pipe), prediction_type="v_prediction", algorithm_type="dpmsolver++", solver_order=1,
+        timestep_spacing="linspace", final_sigmas_type="zero",
     )  # fmt: skip
 
 
@@ -329,7 +331,8 @@ def describe(args, phases: list[Phase], pipe, n_images: int, world_size: int) ->
     unet = pipe.unet.num_parameters()
     others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
     state = 2 * 4 * torch.Size(latent_shape(pipe)).numel()  # z_t and z_s in fp32
-    gib = (16 * unet + 4 * unet + 4 * others + args.buffer_size * state) / 2**30
+    buckets = 4 * unet if world_size > 1 else 0  # DDP's copy of the gradient
+    gib = (16 * unet + buckets + 4 * unet + 4 * others + args.buffer_size * state) / 2**30
     accumulation = args.global_batch_size // (args.batch_size * world_size)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
         "": "",
@@ -338,8 +341,8 @@ def describe(args, phases: list[Phase], pipe, n_images: int, world_size: int) ->
         **{f"phase {p.name}": f"{p.updates} updates, p_forward {p.p_forward}, student_rate {p.student_rate}" for p in phases},
         "updates in all": sum(sum(p.updates) for p in phases),
         "parameters": f"UNet {unet / 1e6:.1f}M, VAE and text encoders {others / 1e6:.1f}M",
-        "memory a process": f"{gib:.2f} GiB for student, gradient and AdamW (16 bytes a parameter), teacher, VAE, text "
-        "encoders and D_DAgger; activations come on top",
+        "memory a process": f"{gib:.2f} GiB for student, gradient and AdamW (16 bytes a parameter), teacher (in fp32), "
+        "VAE, text encoders and D_DAgger; activations come on top",
     }
     return "\n".join(f"{name:24} {value}" for name, value in rows.items())
 
@@ -403,8 +406,9 @@ def forward_batch(run: Run, nets: Networks) -> tuple[Tensor, Tensor, Tensor, Ten
     return z_t, z_s, t, s, cond
 
 
+# DDIL: the next two functions
 def dagger_batch(run: Run, nets: Networks, student_rate: float) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-    """DDIL: (z_t, z_s, t, s, cond) from D_DAgger (Alg. 3 line 4), which is refreshed so that a state is used R times."""
+    """(z_t, z_s, t, s, cond) from D_DAgger (Alg. 3 line 4), which is refreshed so that a state is used R times."""
     batch_size = run.args.batch_size
     while run.progress["credit"] < batch_size:  # Alg. 3 line 11
         rows = collect(run, nets, student_rate)
@@ -419,12 +423,13 @@ def dagger_batch(run: Run, nets: Networks, student_rate: float) -> tuple[Tensor,
 
 
 def collect(run: Run, nets: Networks, student_rate: float) -> dict[str, Tensor]:
-    """DDIL: rows for D_DAgger by one rollout of Alg. 2: states before each transition [D16] and, as their targets never
+    """Rows for D_DAgger by one rollout of Alg. 2: states before each transition [D16] and, as their targets never
     change within a stage, where the teacher lands from them [D17]."""
-    _, ids, cond = run.data_batch()
     stored = range(0 if run.args.store_start else 1, len(nets.tau) // 2)  # intervals of the student's grid
+    ids = run.data.next_ids()
     n = min(len(ids), -(-4 * len(ids) // len(stored)))  # prompts for about four batches of states
-    ids, cond = ids[:n], {name: value[:n] for name, value in cond.items()}
+    ids = ids[:n]
+    cond = run.prompts.encode(ids) | {"w": run.draw_w(n)}  # one w for a trajectory
     z = torch.randn(n, *latent_shape(run.pipe), generator=run.noise, device=run.noise.device)  # Alg. 2 line 1
     states, landings, moves = mixed_rollout(
         run.schedule, nets.teacher, nets.rolling, z, nets.tau, nets.tau[::2], cond, student_rate, run.shared,
@@ -455,15 +460,21 @@ def losses_of(run: Run, phase: Phase, part: int, source: str, nets: Networks) ->
 
 def update_student(run: Run, phase: Phase, part: int, source: str, nets: Networks, trained, optimizer) -> None:
     """One update on the global mini-batch, all of it from one source. Raises FloatingPointError on a non-finite loss."""
+    for model in nets.counted:
+        model.forwards = 0
     for _ in range(run.accelerator.gradient_accumulation_steps):
         with run.accelerator.accumulate(trained):
             losses, t = losses_of(run, phase, part, source, nets)
             loss = losses.mean()
-            if not torch.isfinite(run.accelerator.reduce(loss.detach(), "mean")):  # the same verdict on all ranks
-                raise FloatingPointError(f"the loss is {loss.item()} on {source} states")
+            mean_loss = run.accelerator.reduce(loss.detach(), "mean")
+            if not torch.isfinite(mean_loss):  # the same verdict on all ranks
+                raise FloatingPointError(f"the loss is {mean_loss.item()} on {source} states")
             run.accelerator.backward(loss)
             if run.accelerator.sync_gradients:
-                run.metrics.add("grad_norm", run.accelerator.clip_grad_norm_(trained.parameters(), GRAD_CLIP))
+                norm = run.accelerator.clip_grad_norm_(trained.parameters(), GRAD_CLIP)
+                if run.accelerator.scaler is None and not torch.isfinite(norm):  # fp16's scaler skips such updates
+                    raise FloatingPointError(f"the gradient's norm is {norm.item()} on {source} states")
+                run.metrics.add("grad_norm", norm)
             optimizer.step()  # Alg. 3 line 11
             optimizer.zero_grad()
         losses = losses.detach()
@@ -472,9 +483,7 @@ def update_student(run: Run, phase: Phase, part: int, source: str, nets: Network
         run.metrics.add("t_mean", t)  # D_DAgger shifts the marginal of t, as it has no start states [D16]
         run.metrics.add_by(run.t_columns, torch.bucketize(t, run.t_bins), losses)
         run.progress["forwards"] += 2 * len(losses)  # the backward pass; forwards are counted by the networks
-    for model in nets.counted:
-        run.progress["forwards"] += model.forwards
-        model.forwards = 0
+    run.progress["forwards"] += sum(model.forwards for model in nets.counted)
 
 
 def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: SamplingPrior, trained, optimizer) -> bool:
@@ -508,11 +517,12 @@ def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: Samplin
                 accelerator.log({f"{phase.name}/{name}": mean for name, mean in means.items()}, step=progress["total"])
                 if accelerator.is_main_process:
                     tqdm.write(f"{phase.name} part {part + 1}: {update + 1}/{updates} loss {means['loss']:.4f} lr {lr:.1e}")
-            if progress["total"] % args.save_every == 0 and update + 1 < updates:
+            stop, due = run.stop.agreed(accelerator), progress["total"] % args.save_every == 0 and update + 1 < updates
+            if stop or due:
                 save(run, trained, optimizer)
+            if due:
                 save_samples(run, phase, nets)
-            if run.stop.agreed(accelerator):
-                save(run, trained, optimizer)
+            if stop:
                 bar.close()
                 accelerator.print(f"stopped after update {progress['total']}, phase {phase.name}: saved; --resume goes on")
                 return False
@@ -521,8 +531,9 @@ def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: Samplin
 
 def save(run: Run, trained=None, optimizer=None) -> None:
     """A checkpoint of everything: --resume gives the weights that an unbroken run would have."""
-    mine = dict(noise=run.noise.get_state(), shared=run.shared.get_state(), buffer=run.buffer.state_dict(),
-                metrics=run.metrics.totals, k=run.data.k)  # fmt: skip
+    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
+    mine = dict(noise=run.noise.get_state(), shared=run.shared.get_state(), buffer=run.buffer.state_dict(), k=run.data.k,
+                metrics=run.metrics.totals, support=run.support, scaler=scaler)  # fmt: skip
     folder = Path(run.args.output_dir) / "checkpoints"
     save_checkpoint(run.accelerator, folder, run.progress["total"], run.progress, mine, trained, optimizer)
 
@@ -535,8 +546,9 @@ def restore(run: Run, checkpoint: Path) -> None:
     run.shared.set_state(mine["shared"])
     run.buffer.load_state_dict(mine["buffer"], device)
     run.metrics.totals, run.data.k = mine["metrics"].to(device), mine["k"]
-    if run.accelerator.is_main_process:
-        run.metrics.forget_after(run.progress["total"])
+    run.support = mine["support"] and tuple(bound.to(device) for bound in mine["support"])
+    if run.accelerator.scaler:
+        run.accelerator.scaler.load_state_dict(mine["scaler"])
 
 
 def save_samples(run: Run, phase: Phase, nets: Networks) -> None:
@@ -544,8 +556,6 @@ def save_samples(run: Run, phase: Phase, nets: Networks) -> None:
     student = with_guidance(nets.rolling, run.null) if phase.name == "v" else nets.rolling
     steps = int(phase.name) if phase.name.isdigit() else run.args.teacher_steps
     rows = nets.rows | {f"student, {steps} steps": run.evaluation.grid_row(student, steps)}
-    for model in nets.counted:
-        model.forwards = 0  # pictures are no training
     if run.accelerator.is_main_process:
         name = f"{run.progress['total']:06d}-{phase.name}.png"
         save_grid(Path(run.args.output_dir) / "samples" / name, run.pipe, rows)
@@ -577,7 +587,7 @@ def prepare_part(
 ):
     """(nets, trained, optimizer): the student under the engine, with the part's own optimiser [D7]."""
     accelerator = run.accelerator
-    accelerator.free_memory()  # the engine holds on to what it prepared for the part before
+    accelerator.free_memory()  # the engine, too, holds on to what it prepared for the part before
     optimizer = torch.optim.AdamW(student_unet.parameters(), lr=run.args.learning_rate)
     if checkpoint and (run.progress["part"] or run.progress["update"]):
         student_unet.load_state_dict(load_state(checkpoint / "student.pt"))
@@ -601,10 +611,11 @@ def train_phase(run: Run, phase: Phase, source: Path, gc: Path, checkpoint: Path
             evaluation.make_reference(UNetModel(gc_unet, run.schedule, "v_prediction", accelerator.autocast), students)
         rows = {f"gc, {steps} steps": evaluation.reference(f"grid_{steps}") for steps in (n, int(phase.name))}
     else:
-        rows = {f"teacher, {n} steps": evaluation.grid_row(teacher, n)}
+        rows = {f"teacher, {n} steps": evaluation.grid_row(with_guidance(network, run.null), n)}
 
     prior = SamplingPrior(run.shared, forward=phase.p_forward, dagger=[1 - p for p in phase.p_forward])  # DDIL: App. A
     for part in range(run.progress["part"], len(phase.updates)):
+        nets = trained = optimizer = None  # let go of the part before
         nets, trained, optimizer = prepare_part(run, phase, network, teacher, student_unet, rows, checkpoint)
         checkpoint = None
         if part == 0 and run.progress["update"] == 0:
@@ -620,7 +631,6 @@ def train_phase(run: Run, phase: Phase, source: Path, gc: Path, checkpoint: Path
         m = int(phase.name)
         errors = {"paired_error": evaluation.paired_error(evaluation.end_points(nets.rolling, m)),
                   "paired_error_undistilled": evaluation.paired_error(evaluation.reference(str(m)))}  # fmt: skip
-        nets.rolling.forwards = 0  # measuring is no training
         errors = {name: f"{error:.5f}" for name, error in errors.items()}
         run.metrics.flush(accelerator, phase=phase.name, total_updates=run.progress["total"], **errors)
         accelerator.print("{} steps: paired trajectory error {paired_error}, undistilled {paired_error_undistilled}".format(m, **errors))
@@ -630,6 +640,11 @@ def train_phase(run: Run, phase: Phase, source: Path, gc: Path, checkpoint: Path
 def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     """Load and check everything, then make the run folder; None if the flags ask for a report only."""
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise SystemExit(f"{accelerator.distributed_type.value}: sharded engines are not supported yet; launch with --multi_gpu")
+    facts = {"world_size": world_size, "mixed_precision": accelerator.mixed_precision}
+    if args.resume:
+        refuse_changes(facts, json.loads((Path(args.output_dir) / "config.json").read_text()))
     args.batch_size = args.batch_size or max(1, args.global_batch_size // world_size)
     accumulation, rest = divmod(args.global_batch_size, args.batch_size * world_size)
     if rest or not accumulation:
@@ -642,9 +657,9 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     pipe = load_pipeline(args.teacher)
     schedule, prediction_type = load_schedule(pipe).to(device), pipe.scheduler.config.prediction_type
     has_w = pipe.unet.config.time_cond_proj_dim is not None
-    if prediction_type == "epsilon" and (has_w or schedule.alpha.min() == 0):
+    if prediction_type != "v_prediction" and (has_w or schedule.alpha.min() == 0):
         what = "a w embedding (an LCM, perhaps)" if has_w else "zero terminal SNR"
-        raise SystemExit(f"--teacher {args.teacher}: predicts epsilon and has {what}; that needs v-prediction")
+        raise SystemExit(f"--teacher {args.teacher}: predicts {prediction_type} and has {what}; that needs v-prediction")
     dataset, held_out = load_images(args.data)
     phases = plan_phases(args, prediction_type, has_w)
     if args.dry_run or args.check_data:
@@ -654,16 +669,8 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
         return None, phases
 
     out = Path(args.output_dir)
-    facts = {"world_size": world_size, "mixed_precision": accelerator.mixed_precision,
-             "teacher_weights": fingerprint(pipe.unet)}  # fmt: skip
-    if args.resume:
-        refuse_changes(facts, json.loads((out / "config.json").read_text()))
-    elif accelerator.is_main_process:
-        create_output_dir(args, __file__, facts)
-    accelerator.wait_for_everyone()
-
     set_seed(args.seed, device_specific=True)
-    noise = torch.Generator(device).manual_seed(1000 * args.seed + rank)
+    noise = torch.Generator(device).manual_seed(seed_of(args.seed, "rank", rank))
     prompts = PromptEncoder(pipe, device)
     data = LatentData(dataset, pipe, prompts, args.batch_size, args.seed, rank, world_size, noise, args.cache_latents)
     grid = timestep_grid(args.teacher_steps // 2)  # of the first student: those of the later ones are parts of it
@@ -677,11 +684,17 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     )  # fmt: skip
     run = Run(
         args, accelerator, pipe, schedule, support_of(args.reflect, data), prompts, prompts.null(), data, noise,
-        torch.Generator().manual_seed(args.seed), TrajectoryBuffer(args.buffer_size), metrics,
+        torch.Generator().manual_seed(seed_of(args.seed, "shared")), TrajectoryBuffer(args.buffer_size), metrics,
         Evaluation(args, accelerator, schedule, prompts, held_out, latent_shape(pipe)), StopRequest(),
         dict(phase=0, part=0, update=0, total=0, forwards=0, credit=0.0), t_columns[::-1],
         torch.tensor(grid[::-1], device=device),
     )  # fmt: skip
+    facts["teacher_weights"] = fingerprint(pipe.unet)
+    if args.resume:
+        refuse_changes(facts, json.loads((out / "config.json").read_text()))
+    elif accelerator.is_main_process:
+        create_output_dir(args, __file__, facts)
+    accelerator.wait_for_everyone()
     if args.report_to:
         accelerator.init_trackers("pd_ddil", config={name: str(value) for name, value in vars(args).items()})
     return run, phases
@@ -711,6 +724,8 @@ def main(argv=None) -> None:
     checkpoint = last_checkpoint(out / "checkpoints") if args.resume else None
     if checkpoint:
         restore(run, checkpoint)
+    if args.resume and accelerator.is_main_process:
+        run.metrics.forget_after(run.progress["total"])
     todo = names[run.progress["phase"] :]
     accelerator.print(f"{out}: {'resuming' if checkpoint else 'starting'} at update {run.progress['total'] + 1}; "
                       f"phases to do: {', '.join(todo) or 'none'}")  # fmt: skip
@@ -721,8 +736,9 @@ def main(argv=None) -> None:
         checkpoint = None
         if accelerator.is_main_process:
             save_pipeline(folders[index + 1], run.pipe, unet, sampler_of(run.pipe))  # Alg. 3 line 12: the next teacher
+        del unet
         accelerator.wait_for_everyone()
-        run.buffer.clear()  # its grid and models change [D16]
+        run.buffer.clear()  # DDIL: its grid and models change [D16]
         run.progress |= dict(phase=index + 1, part=0, update=0, credit=0.0)
         save(run)
     if accelerator.is_main_process:
