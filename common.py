@@ -353,7 +353,7 @@ def load_pipeline(name: str, flag: str = "--teacher"):
             raise SystemExit(f"{flag} {name}: {kind} is not supported; Stable Diffusion and SDXL pipelines are")
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = getattr(diffusers, kind).from_pretrained(
-            name, use_safetensors=True, local_files_only=not is_hub_name, torch_dtype=torch.float32,
+            name, use_safetensors=True, local_files_only=not is_hub_name, dtype=torch.float32,
             **(extra if "XL" not in kind else {}),
         )  # fmt: skip
     except Exception as error:  # the libraries raise many kinds, all with a usable message
