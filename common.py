@@ -13,6 +13,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections import Counter
@@ -558,7 +559,19 @@ class LatentData:
         return self.prompts.tokenize(self.dataset.select_columns("caption")[rows.tolist()]["caption"])
 
 
-# --- runs: arguments, folders, checkpoints ---
+# --- runs: processes, arguments, folders, checkpoints ---
+
+
+def start_accelerator(**settings):
+    """An Accelerator over all the processes that were launched; SystemExit if it does not see every one of them."""
+    from accelerate import Accelerator
+
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    # without a GPU, accelerate takes each process of torchrun for a run of its own, unless told that CPUs are meant
+    accelerator = Accelerator(cpu=launched > 1 and not torch.accelerator.is_available(), **settings)
+    if accelerator.num_processes != launched:
+        raise SystemExit(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: check its config")
+    return accelerator
 
 
 ACTIONS = ("resume", "overwrite", "dry_run", "check_data")  # flags that are no setting of a run
@@ -606,6 +619,8 @@ def fingerprint(module) -> str:
 def check_output_dir(args) -> None:
     """Refuse a folder that holds another run, unless --overwrite; and never delete what is no run."""
     folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"--output_dir {folder}: is a file; choose a folder")
     if args.resume or not folder.exists() or not any(folder.iterdir()):
         return
     for flag in ("teacher", "data"):

@@ -2,7 +2,7 @@
 
 DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v1, Algorithms 1-3, sec. 5, App. A.
 
-    laptop, 8 minutes   accelerate launch pd_ddil.py --teacher_steps 32
+    laptop, minutes     accelerate launch pd_ddil.py --teacher_steps 32
     one GPU             accelerate launch --mixed_precision bf16 pd_ddil.py --recipe sd15 --teacher PIPELINE --data IMAGES
     eight GPUs          accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pd_ddil.py --recipe sd15 ...
 
@@ -42,7 +42,7 @@ from common import (
     TrajectoryBuffer, UNetModel, add_noise, betas_of, check_images, check_output_dir, create_output_dir, ddim_step, fingerprint,
     last_checkpoint, latent_shape, load_images, load_pipeline, load_schedule, load_state, measure_support, mixed_rollout,
     moved_fraction, noise_of, reflect_v, refuse_changes, resolve, rotation, save_checkpoint, save_grid, save_pipeline, seed_of,
-    student_rollout, text_encoders, timestep_grid, with_guidance, x_from_v,
+    start_accelerator, student_rollout, text_encoders, timestep_grid, with_guidance, x_from_v,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -52,15 +52,15 @@ RECIPES = {
     "tiny": dict(
         teacher="assets/tiny/pipeline", data="assets/tiny/data", output_dir="runs/pd_ddil-tiny", **PAPER_PRIORS,
         updates={"v": [400], "gc": [400], "16": [200], "8": [150, 100], "4": [150, 100], "2": [150, 100], "1": [150, 100]},
-        guidance_range=(1.5, 6.0), global_batch_size=32, batch_size=None, learning_rate=5e-4, warmup=20,
-        buffer_size=1024, eval_prompts=128, eval_guidance_scale=3.0, gradient_checkpointing=False, cache_latents=True,
+        guidance_range=(1.5, 4.0), global_batch_size=32, batch_size=None, learning_rate=(5e-4, 1e-4), warmup=20,
+        buffer_size=1024, eval_prompts=256, eval_guidance_scale=3.0, gradient_checkpointing=False, cache_latents=True,
         log_every=20, save_every=100,
     ),
     "sd15": dict(
         teacher=None, data=None, output_dir="runs/pd_ddil-sd15", **PAPER_PRIORS,
         updates={"v": [4000], "gc": [6000],  # [D18]: "10K steps overall"
                  "16": [5000], "8": [6000, 4000], "4": [8000, 6000], "2": [8000, 6000], "1": [8000, 6000]},
-        guidance_range=(2.0, 14.0), global_batch_size=224, batch_size=28, learning_rate=1e-5, warmup=500,
+        guidance_range=(2.0, 14.0), global_batch_size=224, batch_size=28, learning_rate=(1e-5,), warmup=500,
         buffer_size=1024, eval_prompts=128, eval_guidance_scale=8.0, gradient_checkpointing=True, cache_latents=False,
         log_every=50, save_every=500,
     ),
@@ -89,7 +89,7 @@ def parse_args(argv=None):
     paper.add_argument("--guidance_range", type=float, nargs=2, help="w ~ U[lo, hi] in training (sec. 5: 2 14)")
     paper.add_argument("--updates", nargs="+", metavar="PHASE=U[,U]", help="updates of a phase's parts, e.g. v=4000 8=6000,4000")
     paper.add_argument("--global_batch_size", type=int, help="samples an update, over all processes (sec. 5: 224)")
-    paper.add_argument("--learning_rate", type=float, help="peak; warm-up, then linear decay in each part (sec. 5: 1e-5)")
+    paper.add_argument("--learning_rate", type=float, nargs="+", help="peak of each part, or two: before the halvings, and in them (sec. 5: 1e-5)")
     paper.add_argument("--warmup", type=int, help="updates of warm-up in each part (App. A: 500)")
     run = p.add_argument_group("run")
     run.add_argument("--batch_size", type=int, help="samples a process and forward; accumulation makes up the global batch")
@@ -137,7 +137,9 @@ def check_args(args) -> None:
             raise SystemExit(f"--{name} {values}: give one value, or one for each of the two parts")
     if not 0 <= args.seed < 2**31:
         raise SystemExit(f"--seed {args.seed}: must be a whole number >= 0 and < 2^31")
-    for name in ("global_batch_size", "learning_rate", "reuse", "buffer_size", "eval_prompts", "log_every", "save_every"):
+    if len(args.learning_rate) > 2 or not all(0 < value < float("inf") for value in args.learning_rate):
+        raise SystemExit(f"--learning_rate {args.learning_rate}: give one or two values, > 0 and finite")
+    for name in ("global_batch_size", "reuse", "buffer_size", "eval_prompts", "log_every", "save_every"):
         if not 0 < getattr(args, name) < float("inf"):
             raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0 and finite")
     if args.batch_size is not None and args.batch_size <= 0:
@@ -267,7 +269,7 @@ def sampler_of(pipe):
 
     return DPMSolverMultistepScheduler(
         **betas_of(pipe), prediction_type="v_prediction", algorithm_type="dpmsolver++", solver_order=1,
-        timestep_spacing="linspace", final_sigmas_type="zero",
+        timestep_spacing="linspace", final_sigmas_type="zero", steps_offset=1,  # the offset has no effect on linspace
     )  # fmt: skip
 
 
@@ -490,12 +492,13 @@ def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: Samplin
     """The updates of one part, with logs, checkpoints and sample grids; False if the run is asked to stop."""
     args, accelerator, progress = run.args, run.accelerator, run.progress
     updates, folder = phase.updates[part], Path(args.output_dir) / "checkpoints"
+    peak = args.learning_rate[-1 if phase.name.isdigit() else 0]
     bar = tqdm(total=updates, initial=progress["update"], desc=f"{phase.name} part {part + 1}/{len(phase.updates)}",
                disable=not accelerator.is_main_process, dynamic_ncols=True)  # fmt: skip
     with bar:
         clock = time.time()
         for update in range(progress["update"], updates):
-            lr = learning_rate(update, updates, args.warmup, args.learning_rate)
+            lr = learning_rate(update, updates, args.warmup, peak)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             source = prior.draw(part)  # Alg. 1 line 2: one for the mini-batch, the same on all ranks
@@ -517,6 +520,10 @@ def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: Samplin
                 accelerator.log({f"{phase.name}/{name}": mean for name, mean in means.items()}, step=progress["total"])
                 if accelerator.is_main_process:
                     tqdm.write(f"{phase.name} part {part + 1}: {update + 1}/{updates} loss {means['loss']:.4f} lr {lr:.1e}")
+                    moved = means.get("moved_by_reflect", 0.1)
+                    if update + 1 == updates and run.support and not 0 < moved <= 0.2:
+                        tqdm.write(f"warning: --reflect {args.reflect} moved {moved:.1%} of the teacher's x estimates: "
+                                   + ("it does nothing" if moved == 0 else "it distorts; take a wider range"))  # fmt: skip
             stop, due = run.stop.agreed(accelerator), progress["total"] % args.save_every == 0 and update + 1 < updates
             if stop or due:
                 save(run, trained, optimizer)
@@ -588,7 +595,7 @@ def prepare_part(
     """(nets, trained, optimizer): the student under the engine, with the part's own optimiser [D7]."""
     accelerator = run.accelerator
     accelerator.free_memory()  # the engine, too, holds on to what it prepared for the part before
-    optimizer = torch.optim.AdamW(student_unet.parameters(), lr=run.args.learning_rate)
+    optimizer = torch.optim.AdamW(student_unet.parameters())  # its learning rate is set at each update
     if checkpoint and (run.progress["part"] or run.progress["update"]):
         student_unet.load_state_dict(load_state(checkpoint / "student.pt"))
         if run.progress["update"]:
@@ -714,7 +721,7 @@ def support_of(threshold: str, data: LatentData) -> Support:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    accelerator = Accelerator(log_with=args.report_to, project_dir=args.output_dir)
+    accelerator = start_accelerator(log_with=args.report_to, project_dir=args.output_dir)
     run, phases = setup(args, accelerator)
     if run is None:
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: nothing here may ask the network
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ddil-tests-")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CPU everywhere
 os.environ["OMP_NUM_THREADS"] = "1"
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
@@ -79,11 +80,11 @@ def tiny_unet(cross_attention_dim: int = 16, **config):
     """4 x 8 x 8 latents, about 50K parameters."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
+    return UNet2DConditionModel(**dict(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        cross_attention_dim=cross_attention_dim, attention_head_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **config,
-    )  # fmt: skip
+        cross_attention_dim=cross_attention_dim, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ) | config)  # fmt: skip
 
 
 def save_teacher(folder: Path, xl: bool = False, prediction_type: str = "epsilon", **unet_config) -> Path:

@@ -23,6 +23,7 @@ def record(argv: list[str]) -> dict:
         return pd_step(schedule, student, z_t, z_s, t, s, cond)
 
     def noting_losses_of(run, phase, part, source, nets):
+        seen.update(rank=run.accelerator.process_index, world_size=run.accelerator.num_processes)
         seen["sources"].append(source)
         return losses_of(run, phase, part, source, nets)
 
@@ -45,9 +46,6 @@ def record(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    from accelerate import PartialState
-
     torch.set_num_threads(1)
-    state = PartialState()
-    seen = record(sys.argv[2:]) | {"world_size": state.num_processes}
-    torch.save(seen, Path(sys.argv[1]) / f"rank-{state.process_index}.pt")
+    seen = record(sys.argv[2:])
+    torch.save(seen, Path(sys.argv[1]) / f"rank-{seen['rank']}.pt")

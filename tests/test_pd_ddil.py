@@ -356,7 +356,7 @@ def test_phases_of_the_paper():
     assert phases == {"v": [4000], "gc": [6000], "16": [5000], "8": [6000, 4000], "4": [8000, 6000], "2": [8000, 6000]}
     assert sum(sum(phase.updates) for phase in phases_of(*flags, "4")) == 39_000
     args = parse_args([*flags, "2"])
-    assert (args.global_batch_size, args.learning_rate, args.warmup, tuple(args.guidance_range)) == (224, 1e-5, 500, (2, 14))
+    assert (args.global_batch_size, tuple(args.learning_rate), args.warmup, tuple(args.guidance_range)) == (224, (1e-5,), 500, (2, 14))
 
 
 def test_a_teacher_skips_the_phases_that_it_does_not_need():
@@ -415,7 +415,7 @@ def test_plain_pd_equals_a_short_independent_loop(gc_folder, data_folder, tmp_pa
     trained = copy.deepcopy(pipe.unet).requires_grad_(True).train()
     teacher, student = (UNetModel(unet, schedule, "v_prediction", torch.enable_grad) for unet in (pipe.unet, trained))
     for updates in parts:
-        plain_pd(student, teacher, data, prompts, schedule, noise, torch.tensor([*timestep_grid(8), CLEAN]), updates, 1e-3, 1, 1.5, 6.0)
+        plain_pd(student, teacher, data, prompts, schedule, noise, torch.tensor([*timestep_grid(8), CLEAN]), updates, 1e-3, 1, 1.5, 4.0)
 
     saved = load_pipeline(str(tmp_path / "run" / "stages" / "4")).unet.state_dict()
     assert all(torch.equal(saved[name], weight) for name, weight in trained.state_dict().items())
