@@ -402,7 +402,8 @@ def make_diffusion(args):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     # text is read at 4x4 and in the middle only: cross-attention at 8x8 doubles the cost of a step
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=tuple(args.unet_channels), layers_per_block=1, norm_num_groups=8,
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=tuple(args.unet_channels),
+        layers_per_block=1, norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=64, attention_head_dim=4)  # 4 heads: diffusers reads this as their number
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -444,7 +445,7 @@ def make_diffusion(args):
 # The scorer: a CLIP of 32x32 images, in open_clip's format
 
 SCORER = {"embed_dim": 64,  # a ResNet, not a ViT: it learns from 200,000 images what a ViT needs millions for
-          "vision_cfg": {"image_size": 32, "layers": [1, 2, 2, 1], "width": 8},
+          "vision_cfg": {"image_size": 32, "layers": [1, 2, 2, 1], "width": 12},
           "text_cfg": {"context_length": 16, "width": 64, "heads": 4, "layers": 2, "hf_tokenizer_name": "tiny"}}
 
 
@@ -487,7 +488,8 @@ def make_scorer(args):
     tokenizer.save_pretrained(folder)
     save_file(halves(model), folder / "open_clip_model.safetensors")
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n")
+    config = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(f"scorer: {retrieval(args)}")
 
 
@@ -509,6 +511,18 @@ def retrieval(args) -> str:
 # Figures
 
 @torch.no_grad()
+def draw_samples(args, pipe):
+    """samples.png: unseen digits, the same through the autoencoder, samples of the same captions."""
+    from torchvision.utils import save_image
+    real, _, contents = draw(load_digits(args.mnist, "test"), 16, torch.Generator().manual_seed(5))
+    x_hat = pipe.vae(real * 2 - 1).sample / 2 + 0.5
+    samples = pipe(captions_of(contents), num_inference_steps=32, guidance_scale=4.0, output_type="pt",
+                   generator=torch.Generator().manual_seed(args.seed)).images
+    rows = torch.cat([real, x_hat.clamp(0, 1), samples])
+    save_image(F.interpolate(rows, scale_factor=2), ROOT / "samples.png", nrow=16, padding=4, pad_value=1.0)
+
+
+@torch.no_grad()
 def make_check(args):
     from diffusers import StableDiffusionPipeline
     from tqdm import tqdm
@@ -521,6 +535,7 @@ def make_check(args):
     z = mean + std * torch.randn_like(mean)
     rounded = lambda v: [round(x, 3) for x in v.tolist()]
     print(f"latents: mean {rounded(z.mean((0, 2, 3)))}, std {rounded(z.std((0, 2, 3)))}, of it sampling noise {std.mean():.3f}")
+    draw_samples(args, pipe)
     judge = load_judge()
     for name in ("seen", "held out"):
         prompts = [c for c in all_captions() if is_held_out(c) == (name == "held out")]
@@ -533,12 +548,13 @@ def make_check(args):
     if (ROOT / "scorer").exists():
         print(f"scorer: {retrieval(args)}")
     size = sum(f.stat().st_size for f in ROOT.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
-    print(f"folder: {size / 1e6:.2f} MB")
+    print(f"folder: {size / 2**20:.2f} MiB")
 
 
 # -----------------------------------------------------------------------------------------------------------------------
 
-STAGES = {"data": make_data, "judge": make_judge, "vae": make_vae, "diffusion": make_diffusion, "scorer": make_scorer, "check": make_check}
+STAGES = {"data": make_data, "judge": make_judge, "vae": make_vae, "diffusion": make_diffusion, "scorer": make_scorer,
+          "check": make_check}
 
 
 def parse_args():
@@ -558,7 +574,7 @@ def parse_args():
     p.add_argument("--diffusion_steps", type=int, default=7000)
     p.add_argument("--diffusion_batch", type=int, default=64)
     p.add_argument("--diffusion_lr", type=float, default=2e-3)
-    p.add_argument("--scorer_steps", type=int, default=1200)
+    p.add_argument("--scorer_steps", type=int, default=3000)
     p.add_argument("--num_samples", type=int, default=1000, help="check: images a guidance scale")
     p.add_argument("--guidance", type=float, nargs="+", default=(1.0, 2.0, 4.0, 7.0), help="check: guidance scales")
     return p.parse_args()
