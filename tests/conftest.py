@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # these networks are too small for more; and the same number everywhere gives the same bits
 
 # Flags that make a run small; all else stays as in the recipe, so that the runs go through all of the code.
-SMALL = "--global_batch_size 4 --eval_prompts 4 --buffer_size 64 --warmup 1 --log_every 1 --learning_rate 1e-3".split()
+W_RANGE = 2.0, 5.0
+SMALL = ["--global_batch_size", "4", "--eval_prompts", "4", "--buffer_size", "64", "--warmup", "1", "--log_every", "1",
+         "--learning_rate", "1e-3", "--guidance_range", *map(str, W_RANGE)]  # fmt: skip
 
 
 def run_script(*args, script="pd_ddil.py", launcher=(), timeout=400) -> subprocess.CompletedProcess:
@@ -94,8 +96,8 @@ def save_teacher(folder: Path, xl: bool = False, prediction_type: str = "epsilon
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(folder / "tokenizer")
     vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 8), norm_num_groups=4, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 8), norm_num_groups=4,
+        sample_size=32, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
     )  # fmt: skip
     parts = dict(
         vae=vae, tokenizer=tokenizer, text_encoder=tiny_text_encoder(len(tokenizer)),
@@ -103,14 +105,16 @@ def save_teacher(folder: Path, xl: bool = False, prediction_type: str = "epsilon
                                 set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type),
     )  # fmt: skip
     if xl:
-        added = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16 + 6 * 8)
+        added = dict(addition_embed_type="text_time", addition_time_embed_dim=8)
+        added |= dict(projection_class_embeddings_input_dim=16 + 6 * 8)  # pooled prompt, six time ids
         pipe = StableDiffusionXLPipeline(
             **parts, unet=tiny_unet(32, **added, **unet_config), tokenizer_2=tokenizer,
             text_encoder_2=tiny_text_encoder(len(tokenizer), projected=True), force_zeros_for_empty_prompt=True,
         )  # fmt: skip
     else:
         pipe = StableDiffusionPipeline(
-            **parts, unet=tiny_unet(**unet_config), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            **parts, unet=tiny_unet(**unet_config), safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
         )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""A run of pd_ddil.py that also notes what its algorithm was given: `python record.py OUT ...`, one file for each rank."""
+"""A run of pd_ddil.py that also notes what its algorithm was given: `python record.py OUT ...`, a file per rank."""
 
 import sys
 from pathlib import Path
@@ -12,8 +12,8 @@ import pd_ddil
 
 
 def record(argv: list[str]) -> dict:
-    """Runs pd_ddil.py. Notes the source and the inputs of the loss for each mini-batch, the dataset rows in the order in
-    which they were read, the gradient of each update as the optimiser gets it, and the final weights of this rank."""
+    """Runs pd_ddil.py. Notes the source and the inputs of the loss for each mini-batch, the dataset rows in the order
+    in which they were read, the gradient of each update as the optimiser gets it, and this rank's final weights."""
     seen = dict(sources=[], batches=[], rows=[], gradients=[])
     pd_step, losses_of, next_batch = pd_ddil.pd_step, pd_ddil.losses_of, common.LatentData.next
     optimizers = []

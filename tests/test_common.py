@@ -15,9 +15,9 @@ from diffusers import (
 import common
 from common import (
     CLEAN, LatentData, NoiseSchedule, PromptEncoder, SamplingPrior, TrajectoryBuffer, add_noise, check_images,
-    combine_guidance, ddim_step, eps_from_v, guidance_embedding, load_images, load_pipeline, load_schedule, measure_support,
-    mixed_rollout, moved_fraction, noise_of, reflect, rotation, student_rollout, teacher_rollout, timestep_grid,
-    v_from_prediction, x_from_v,
+    combine_guidance, ddim_step, eps_from_v, guidance_embedding, load_images, load_pipeline, load_schedule,
+    measure_support, mixed_rollout, moved_fraction, noise_of, reflect, rotation, student_rollout, teacher_rollout,
+    timestep_grid, v_from_prediction, x_from_v,
 )  # fmt: skip
 
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -129,7 +129,8 @@ def test_conversions_invert_each_other(prediction_type):
 
 
 def test_velocity_equals_diffusers():
-    x, eps, t = randn(4, *SHAPE, dtype=torch.float32), randn(4, *SHAPE, seed=1, dtype=torch.float32), torch.tensor([0, 250, 749, 999])
+    x, eps = randn(4, *SHAPE, dtype=torch.float32), randn(4, *SHAPE, seed=1, dtype=torch.float32)
+    t = torch.tensor([0, 250, 749, 999])
     z_t = add_noise(SD, x, eps, t)
     v = DDPMScheduler(**SD_BETAS).get_velocity(x, eps, t)
     assert max_error(v_from_prediction(SD, z_t, x, t, "sample")[1:], v[1:]) < 1e-5  # at t = 0 x says little of v
@@ -175,7 +176,7 @@ def test_true_v_leads_along_the_diffusion():
 
 
 def test_sign_as_the_paper_prints_it_is_wrong():
-    """[D1] With eps_hat = sigma_t z_t - alpha_t v the step misses by 2 sigma_s alpha_t v, on PD's 4-step grid up to .6 v."""
+    """[D1] With eps_hat = sigma_t z_t - alpha_t v the step misses by 2 sigma_s alpha_t v: on 4 steps up to .6 v."""
     grid = torch.tensor([*timestep_grid(4), CLEAN])
     t, s = grid[:-1], grid[1:]
     x, eps = randn(4, *SHAPE), randn(4, *SHAPE, seed=1)
@@ -197,8 +198,9 @@ def nonlinear_model(z_t, t, cond):
 @pytest.mark.parametrize("n", [4, 8, 16])
 def test_rollout_equals_first_order_dpm_solver(n):
     sampler = DPMSolverMultistepScheduler(
-        **SD_BETAS, prediction_type="v_prediction", solver_order=1, timestep_spacing="linspace", final_sigmas_type="zero"
-    )
+        **SD_BETAS, prediction_type="v_prediction", solver_order=1, timestep_spacing="linspace",
+        final_sigmas_type="zero",
+    )  # fmt: skip
     sampler.set_timesteps(n)
     noise = randn(8, *SHAPE, dtype=torch.float32)
     z = noise
@@ -299,12 +301,13 @@ def test_moved_fraction():
 
 
 def test_measured_support_leaves_the_tails_out():
-    """Channel c holds 1 .. 10,000 times (c + 1), shuffled: of these the outer 0.05 % on either side are four or five."""
+    """Channel c holds 1 .. 10,000 times (c + 1), shuffled: the outer 0.05 % on either side are four or five."""
     values = torch.stack([torch.randperm(10_000, generator=seeded(c)) + 1.0 for c in range(4)])  # [C, n h w]
     x = (values * torch.arange(1, 5).view(4, 1)).view(4, 100, 10, 10).transpose(0, 1)
     lo, hi = measure_support(x, tail=5e-4)
     assert lo.shape == hi.shape == (1, 4, 1, 1)
-    assert torch.equal(lo.flatten(), 5.0 * torch.arange(1, 5)) and torch.equal(hi.flatten(), 9996.0 * torch.arange(1, 5))
+    assert torch.equal(lo.flatten(), 5.0 * torch.arange(1, 5))
+    assert torch.equal(hi.flatten(), 9996.0 * torch.arange(1, 5))
     assert 0 < moved_fraction(x, (lo, hi)) <= 2 * 5e-4
     lo, hi = measure_support(x, tail=0)
     assert lo[0, 0] == 1 and hi[0, 0] == 10_000
@@ -335,7 +338,8 @@ STUDENT_GRID = TEACHER_GRID[::2]
 def mixed(rate, n=64, seed=0, query=None, support=None, teacher=nonlinear_model, student=student_model):
     """A rollout of n samples on N = 8 / 4 steps; (noise, cond, states, landings, moves)."""
     noise, cond = randn(n, *SHAPE, dtype=torch.float32), {"b": torch.linspace(-0.5, 0.5, n)}
-    out = mixed_rollout(SD, teacher, student, noise, TEACHER_GRID, STUDENT_GRID, cond, rate, seeded(seed), support, query)
+    grids = TEACHER_GRID, STUDENT_GRID
+    out = mixed_rollout(SD, teacher, student, noise, *grids, cond, rate, seeded(seed), support, query)
     return noise, cond, *out
 
 
@@ -371,7 +375,8 @@ def test_each_sample_chooses_at_each_transition():
     for i in range(len(noise)):
         z, row = noise[i : i + 1], {"b": cond["b"][i : i + 1]}
         for j, move in enumerate(moves):
-            model, path = (student_model, STUDENT_GRID[j : j + 2]) if move[i] else (nonlinear_model, TEACHER_GRID[2 * j : 2 * j + 3])
+            by_student, by_teacher = STUDENT_GRID[j : j + 2], TEACHER_GRID[2 * j : 2 * j + 3]
+            model, path = (student_model, by_student) if move[i] else (nonlinear_model, by_teacher)
             z = teacher_rollout(SD, model, z, path, row)[-1]
             assert torch.equal(z, states[j + 1][i : i + 1])
 
@@ -636,7 +641,8 @@ def test_prompts_equal_sdxl_s(xl_folder, zeros):
     pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
     prompts = PromptEncoder(pipe, "cpu")
     cond, null = prompts.encode(prompts.tokenize(CAPTIONS)), prompts.null()
-    prompt, null_prompt, pooled, null_pooled = pipe.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=True)
+    theirs = pipe.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=True)
+    prompt, null_prompt, pooled, null_pooled = theirs
     assert max_error(cond["prompt"], prompt) < 1e-5 and max_error(cond["text_embeds"], pooled) < 1e-5
     assert max_error(null["prompt"], null_prompt[:1]) < 1e-5 and max_error(null["text_embeds"], null_pooled[:1]) < 1e-5
     assert (null["prompt"] == 0).all() == zeros
@@ -693,9 +699,8 @@ def test_unusable_images_are_counted(data_folder, tmp_path):
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     good = (data_folder / "train" / "000.png").read_bytes()
     images, captions = [good, good, good, b"no image", None], ["a", " ", None, "b", "c"]
-    table = datasets.Dataset.from_dict(
-        {"image": [i if i is None else {"bytes": i, "path": None} for i in images], "caption": captions}, features=features
-    )
+    images = [i if i is None else {"bytes": i, "path": None} for i in images]
+    table = datasets.Dataset.from_dict({"image": images, "caption": captions}, features=features)
     counts = check_images(table)
     assert counts["usable"] == 1 and counts["no caption"] == 2 and sum(counts.values()) == 5
 
