@@ -366,6 +366,8 @@ def save_pipeline(vae, text_encoder, tokenizer, unet):
     new, old = ROOT / "pipeline.new", ROOT / "pipeline.old"
     shutil.rmtree(new, ignore_errors=True)
     pipe.save_pretrained(new)
+    config = new / "vae" / "config.json"  # diffusers notes there from which folder of this machine it was loaded
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}, indent=2) + "\n")
     if (ROOT / "pipeline").exists():
         (ROOT / "pipeline").rename(old)
     new.rename(ROOT / "pipeline")
