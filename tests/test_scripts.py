@@ -233,9 +233,9 @@ def saved_progress(folder) -> dict:
 
 
 def test_killed_run_resumes_as_if_unbroken(finished, tmp_path, teacher_folder, data_folder):
-    """kill -9 in the middle of a stage, after its first part."""
+    """kill -9 in the middle of a stage, in its second part."""
     folder = tmp_path / "run"
-    process = interrupt(folder, signal.SIGKILL, 22, teacher_folder, data_folder, "--save_every", 2)
+    process = interrupt(folder, signal.SIGKILL, 22, teacher_folder, data_folder, "--save_every", 11)
     assert process.returncode == -signal.SIGKILL
     saved = saved_progress(folder)
     assert saved["phase"] in (3, 4) and 22 <= saved["total"] < 7 * UPDATES
@@ -249,7 +249,7 @@ def test_killed_run_resumes_as_if_unbroken(finished, tmp_path, teacher_folder, d
 def test_terminated_run_saves_and_resumes(finished, tmp_path, teacher_folder, data_folder, capsys):
     """SIGTERM in guidance conditioning: saved at once, exit code 0, and whole after --resume."""
     folder = tmp_path / "run"
-    process = interrupt(folder, signal.SIGTERM, 7, teacher_folder, data_folder, "--save_every", 1)
+    process = interrupt(folder, signal.SIGTERM, 7, teacher_folder, data_folder, "--save_every", 7)
     assert process.returncode == 0, process.err
     saved = saved_progress(folder)
     assert saved["phase"] == 1 and 7 <= saved["total"] < 10
@@ -277,11 +277,11 @@ def test_another_run_starts_from_stages_gc(finished, tmp_path, data_folder):
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, gc_folder, data_folder):
-    flags = gc_folder, data_folder, "--teacher_steps", 8, "--student_steps", 4
+    flags = gc_folder, data_folder, "--teacher_steps", 8, "--student_steps", 4, "--no-cache_latents"
     run_here(*command(tmp_path / "a", *flags))
-    run_here(*command(tmp_path / "b", *flags, "--gradient_checkpointing", "--no-cache_latents"))
+    run_here(*command(tmp_path / "b", *flags, "--gradient_checkpointing"))
     a, b = (weights_of(tmp_path / run / "pipeline") for run in "ab")
-    assert max(max_error(a[name], b[name]) for name in a) < 1e-5
+    assert max(max_error(a[name], b[name]) for name in a) < 1e-6
 
 
 def test_bf16(tmp_path, gc_folder, data_folder, monkeypatch):
@@ -631,10 +631,10 @@ def test_ci_runs_readme_s_test_command():
 
 
 def test_readme_s_run_command(tmp_path):
-    """As printed, on the embedded default, with fewer updates."""
+    """As printed, on the embedded default, with fewer updates and fewer prompts to evaluate."""
     launcher, script, *flags = shlex.split(readme_command("pd_ddil").partition(" && ")[2])[1:]
     assert (launcher, script) == ("launch", "pd_ddil.py")
-    process = run_script(*flags, "--max_updates", 2, "--output_dir", tmp_path / "run",
+    process = run_script(*flags, "--max_updates", 2, "--eval_prompts", 8, "--output_dir", tmp_path / "run",
                          launcher=["-m", "accelerate.commands.launch"])  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert {p.name for p in (tmp_path / "run" / "stages").iterdir()} == set(STAGES)
