@@ -123,7 +123,7 @@ def make_data(args):
     from PIL import Image as PILImage
 
     (ROOT / "data").mkdir(exist_ok=True)
-    for split, n in (("train", 5000), ("test", 1500)):
+    for split, n in (("train", 4000), ("test", 1500)):
         generator = torch.Generator().manual_seed(args.seed + (split == "test"))
         images, _, contents = draw(load_digits(args.mnist, split), n, generator, held_out=split == "test")
         rows = {"image": [], "caption": captions_of(contents)}
