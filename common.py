@@ -567,6 +567,9 @@ def start_accelerator(**settings):
     from accelerate import Accelerator
 
     launched = int(os.environ.get("WORLD_SIZE", 1))
+    if not torch.accelerator.is_available():  # accelerate launch leaves each process one thread, whatever the machine has
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     # without a GPU, accelerate takes each process of torchrun for a run of its own, unless told that CPUs are meant
     accelerator = Accelerator(cpu=launched > 1 and not torch.accelerator.is_available(), **settings)
     if accelerator.num_processes != launched:

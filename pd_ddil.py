@@ -51,9 +51,9 @@ PAPER_PRIORS = dict(p_forward=(0.75, 0.5), student_rate=(0.15, 0.8), reuse=2)  #
 RECIPES = {
     "tiny": dict(
         teacher="assets/tiny/pipeline", data="assets/tiny/data", output_dir="runs/pd_ddil-tiny", **PAPER_PRIORS,
-        updates={"v": [400], "gc": [400], "16": [200], "8": [150, 100], "4": [150, 100], "2": [150, 100], "1": [150, 100]},
-        guidance_range=(1.5, 4.0), global_batch_size=32, batch_size=None, learning_rate=(5e-4, 1e-4), warmup=20,
-        buffer_size=1024, eval_prompts=256, eval_guidance_scale=3.0, gradient_checkpointing=False, cache_latents=True,
+        updates={"v": [250], "gc": [400], "16": [150], "8": [200, 100], "4": [250, 150], "2": [250, 150], "1": [250, 150]},
+        guidance_range=(1.5, 6.0), global_batch_size=32, batch_size=None, learning_rate=(5e-4, 1e-4), warmup=20,
+        buffer_size=1024, eval_prompts=256, eval_guidance_scale=4.0, gradient_checkpointing=False, cache_latents=True,
         log_every=20, save_every=100,
     ),
     "sd15": dict(
