@@ -73,6 +73,12 @@ def add_noise(schedule: NoiseSchedule, x: Tensor, eps: Tensor, t: Tensor) -> Ten
     return alpha_t * x + sigma_t * eps
 
 
+def forward_states(schedule: NoiseSchedule, x: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(z_t, eps): forward diffusion of data x [B, C, h, w] with fresh noise, Alg. 1 line 3."""
+    eps = torch.randn(x.shape, generator=generator, device=x.device)
+    return add_noise(schedule, x, eps, t), eps
+
+
 def x_from_v(schedule: NoiseSchedule, z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """x_hat = alpha_t z_t - sigma_t v."""
     alpha_t, sigma_t = schedule.at(t)
@@ -217,6 +223,34 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     return states, landings, moves
 
 
+def consistency_function(
+    schedule: NoiseSchedule, model: Model, z_t: Tensor, t: Tensor, cond: dict, support: Support = None
+) -> Tensor:
+    """f(z_t, t) = c_skip z_t + c_out x_hat, the estimate of the trajectory's clean end (LCM; LCMScheduler's scalings)."""
+    scaled_t = 10.0 * t.view(-1, 1, 1, 1)
+    c_skip, c_out = 0.25 / (scaled_t**2 + 0.25), scaled_t / (scaled_t**2 + 0.25).sqrt()
+    x_hat = reflect(x_from_v(schedule, z_t, model(z_t, t, cond), t), support)  # DDIL: reflected
+    return c_skip * z_t + c_out * x_hat
+
+
+@torch.no_grad()
+def consistency_rollout(
+    schedule: NoiseSchedule, student: Model, z: Tensor, timesteps: Sequence[int], cond: dict, generator: torch.Generator
+) -> list[Tensor]:
+    """Multistep consistency sampling, what LCMScheduler does: estimate x, noise it again to the next timestep.
+
+    Returns the state at each of `timesteps` (from z at timesteps[0]); at CLEAN it is the estimate itself.
+    """
+    states = [z]
+    for t, s in pairwise(timesteps):
+        t_all = torch.full((len(z),), t, device=z.device)  # [B]
+        x_hat = consistency_function(schedule, student, states[-1], t_all, cond)  # never reflected: as at inference
+        if s != CLEAN:
+            x_hat = forward_states(schedule, x_hat, torch.full_like(t_all, s), generator)[0]
+        states.append(x_hat)
+    return states
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Sampling priors
 # ----------------------------------------------------------------------------------------------------------------------
@@ -296,6 +330,25 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
     frequencies = torch.exp(torch.arange(dim // 2, device=w.device) * -(math.log(10000.0) / (dim // 2 - 1)))
     angles = (w.float() - 1)[:, None] * 1000.0 * frequencies  # [B, dim / 2]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+W_EMBEDDING_DIM = 256  # what diffusers' pipelines expect
+
+
+def with_w_embedding(unet):
+    """A copy with the guidance embedding; its projection starts at zero, so the output is the same at first [D11]."""
+    student = type(unet).from_config({**unet.config, "time_cond_proj_dim": W_EMBEDDING_DIM})
+    missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
+    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student
+
+
+def drop_prompts(cond: dict, null: dict, rate: float, generator: torch.Generator) -> dict:
+    """cond with the share `rate` of its prompts replaced by the empty one's; null: one row."""
+    n = len(next(iter(cond.values())))
+    dropped = torch.rand(n, generator=generator, device=generator.device) < rate
+    return {k: torch.where(dropped.view(-1, *[1] * (c.ndim - 1)), null.get(k, c), c) for k, c in cond.items()}
 
 
 class UNetModel:
@@ -559,7 +612,25 @@ class LatentData:
         return self.prompts.tokenize(self.dataset.select_columns("caption")[rows.tolist()]["caption"])
 
 
+def support_of(threshold: str, data: LatentData) -> Support:
+    """--reflect as a support; measured: on 1,024 training latents, the same ones on all ranks [D15]."""
+    if threshold == "none":
+        return None
+    if threshold != "measured":
+        radius = torch.full((1, 1, 1, 1), float(threshold), device=data.generator.device)
+        return -radius, radius
+    rows = torch.randperm(len(data.dataset), generator=torch.Generator().manual_seed(0))[:1024].split(data.batch_size)
+    generator = torch.Generator(data.generator.device).manual_seed(0)
+    return measure_support(torch.cat([data.sample(part, generator)[0] for part in rows]))
+
+
 # --- runs: processes, arguments, folders, checkpoints ---
+
+
+def learning_rate(update: int, updates: int, warmup: int, peak: float) -> float:
+    """Linear warm-up, then linear decay to 0 at the end; `update` counts from 0."""
+    warmup = min(warmup, updates - 1)
+    return peak * min((update + 1) / (warmup + 1), (updates - update) / (updates - warmup))
 
 
 def start_accelerator(**settings):
@@ -567,9 +638,10 @@ def start_accelerator(**settings):
     from accelerate import Accelerator
 
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    if not torch.accelerator.is_available():  # accelerate launch leaves each process one thread, whatever the machine has
+    if "ACCELERATE_USE_CPU" in os.environ and not torch.accelerator.is_available():
+        # accelerate launch leaves each process one thread, whatever the machine has
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(torch.get_num_threads(), cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     # without a GPU, accelerate takes each process of torchrun for a run of its own, unless told that CPUs are meant
     accelerator = Accelerator(cpu=launched > 1 and not torch.accelerator.is_available(), **settings)
     if accelerator.num_processes != launched:
@@ -601,6 +673,42 @@ def resolve(args, recipes: dict, free: Sequence[str]):
     for name in set(vars(args)) - set(given) - set(ACTIONS):
         setattr(args, name, defaults.get(name))
     return args
+
+
+def check_shared_flags(args, priors: Sequence[str]) -> None:
+    """SystemExit with one clear message for a value that cannot work, of the flags that all methods share."""
+    for name in priors:
+        values = getattr(args, name)
+        if not all(0 <= value <= 1 for value in values):
+            raise SystemExit(f"--{name} {values}: must lie in [0, 1]")
+    if not 0 <= args.seed < 2**31:
+        raise SystemExit(f"--seed {args.seed}: must be a whole number >= 0 and < 2^31")
+    for name in ("global_batch_size", "batch_size", "max_updates", "log_every", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0")
+    if args.warmup < 0:
+        raise SystemExit(f"--warmup {args.warmup}: must be >= 0")
+    if not 0 <= args.guidance_range[0] <= args.guidance_range[1] < float("inf"):
+        raise SystemExit(f"--guidance_range {args.guidance_range}: must be LO HI with 0 <= LO <= HI")
+    try:
+        radius_is_positive = args.reflect in ("measured", "none") or 0 < float(args.reflect) < float("inf")
+    except ValueError:
+        radius_is_positive = False
+    if not radius_is_positive:
+        raise SystemExit(f"--reflect {args.reflect}: must be measured, none or a positive radius")
+    for name in ("teacher", "data"):
+        if getattr(args, name) is None:
+            raise SystemExit(f"--{name}: the recipe {args.recipe} has no default; give a folder or a hub name")
+
+
+def accumulation_of(args, world_size: int) -> int:
+    """Forwards an update on each process; sets --batch_size where it was not given."""
+    args.batch_size = args.batch_size or max(1, args.global_batch_size // world_size)
+    accumulation, rest = divmod(args.global_batch_size, args.batch_size * world_size)
+    if rest or not accumulation:
+        raise SystemExit(f"--global_batch_size {args.global_batch_size}: must be a multiple of --batch_size {args.batch_size} "
+                         f"times {world_size} process(es)")  # fmt: skip
+    return accumulation
 
 
 def refuse_changes(now: dict, saved: dict) -> None:
@@ -666,10 +774,8 @@ def save_pipeline(folder: Path, pipe, unet, scheduler) -> None:
     replace_folder(Path(folder), student.save_pretrained)
 
 
-def save_checkpoint(
-    accelerator, folder: Path, update: int, progress: dict, rank_state: dict, student=None, optimizer=None
-) -> None:
-    """checkpoints/<update>: progress, every rank's own state, weights and optimiser; older ones are deleted after.
+def save_checkpoint(accelerator, folder: Path, update: int, progress: dict, rank_state: dict, **trained) -> None:
+    """checkpoints/<update>: progress, every rank's own state, networks and optimisers; older ones are deleted after.
 
     Written under another name and renamed, so that a kill leaves the old checkpoint or the new one.
     """
@@ -678,9 +784,9 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         (temporary / "progress.json").write_text(json.dumps(progress))
-        if student is not None:
-            torch.save(accelerator.unwrap_model(student).state_dict(), temporary / "student.pt")
-            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        for name, owner in trained.items():
+            owner = accelerator.unwrap_model(owner) if isinstance(owner, torch.nn.Module) else owner
+            torch.save(owner.state_dict(), temporary / f"{name}.pt")
     accelerator.wait_for_everyone()
     torch.save(rank_state, temporary / f"rank-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()

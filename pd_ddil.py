@@ -10,7 +10,7 @@ paper                                            code
   sec. 5    eps -> v conversion                    v_step
   sec. 5    guidance conditioning (Meng et al.)    guidance_step, common.guidance_embedding
   Alg. 1    line 2, [D14] one source a mini-batch  common.SamplingPrior.draw
-  Alg. 1/3  forward diffusion                      forward_states, common.add_noise
+  Alg. 1/3  forward diffusion                      common.forward_states
   Alg. 2    mixed trajectories -> D_DAgger         collect, common.mixed_rollout, common.TrajectoryBuffer
   Alg. 3    lines 7, 8: the teacher's two steps    teacher_landing
   Alg. 3    lines 6, 9, 10 and Eq. 3: the loss     pd_step
@@ -38,11 +38,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import (
-    CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
-    TrajectoryBuffer, UNetModel, add_noise, betas_of, check_images, check_output_dir, create_output_dir, ddim_step, fingerprint,
-    last_checkpoint, latent_shape, load_images, load_pipeline, load_schedule, load_state, measure_support, mixed_rollout,
-    moved_fraction, noise_of, reflect_v, refuse_changes, resolve, rotation, save_checkpoint, save_grid, save_pipeline, seed_of,
-    start_accelerator, student_rollout, text_encoders, timestep_grid, with_guidance, x_from_v,
+    CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, TrajectoryBuffer,
+    UNetModel, accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, create_output_dir, ddim_step,
+    drop_prompts, fingerprint, forward_states, last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline, load_schedule,
+    load_state, mixed_rollout, moved_fraction, noise_of, reflect_v, refuse_changes, resolve, rotation, save_checkpoint,
+    save_grid, save_pipeline, seed_of, start_accelerator, student_rollout, support_of, text_encoders, timestep_grid,
+    with_guidance, with_w_embedding, x_from_v,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -69,7 +70,7 @@ COMMON_DEFAULTS = dict(teacher_steps=32, student_steps=4, reflect="measured", st
 RECIPES = {name: COMMON_DEFAULTS | recipe for name, recipe in RECIPES.items()}
 # May differ when a run is resumed; the teacher's path too, as its weights are compared.
 RUN_FLAGS = ("teacher", "output_dir", "log_every", "save_every", "report_to")
-GRAD_CLIP, CAPTION_DROPOUT, W_EMBEDDING_DIM = 1.0, 0.1, 256  # [D18]; 256: what diffusers' pipelines expect
+GRAD_CLIP, CAPTION_DROPOUT = 1.0, 0.1  # [D18]
 
 
 def parse_args(argv=None):
@@ -129,41 +130,20 @@ def check_args(args) -> None:
         raise SystemExit(f"--teacher_steps {n}: must be --student_steps ({m}) times a power of two, e.g. {4 * max(m, 1)}")
     if n > 256:
         raise SystemExit(f"--teacher_steps {n}: must be at most 256, so that the grids nest")
+    check_shared_flags(args, priors=("p_forward", "student_rate"))
     for name in ("p_forward", "student_rate"):
-        values = getattr(args, name)
-        if not all(0 <= value <= 1 for value in values):
-            raise SystemExit(f"--{name} {values}: must lie in [0, 1]")
-        if len(values) not in (1, 2):
-            raise SystemExit(f"--{name} {values}: give one value, or one for each of the two parts")
-    if not 0 <= args.seed < 2**31:
-        raise SystemExit(f"--seed {args.seed}: must be a whole number >= 0 and < 2^31")
+        if len(getattr(args, name)) not in (1, 2):
+            raise SystemExit(f"--{name} {getattr(args, name)}: give one value, or one for each of the two parts")
     if len(args.learning_rate) > 2 or not all(0 < value < float("inf") for value in args.learning_rate):
         raise SystemExit(f"--learning_rate {args.learning_rate}: give one or two values, > 0 and finite")
-    for name in ("global_batch_size", "reuse", "buffer_size", "eval_prompts", "log_every", "save_every"):
+    for name in ("reuse", "buffer_size", "eval_prompts"):
         if not 0 < getattr(args, name) < float("inf"):
             raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0 and finite")
-    if args.batch_size is not None and args.batch_size <= 0:
-        raise SystemExit(f"--batch_size {args.batch_size}: must be > 0")
-    if args.max_updates is not None and args.max_updates <= 0:
-        raise SystemExit(f"--max_updates {args.max_updates}: must be > 0")
-    if args.warmup < 0:
-        raise SystemExit(f"--warmup {args.warmup}: must be >= 0")
-    if not 0 <= args.guidance_range[0] <= args.guidance_range[1] < float("inf"):
-        raise SystemExit(f"--guidance_range {args.guidance_range}: must be LO HI with 0 <= LO <= HI")
     known = {"v", "gc", *halvings(n, m)} | set(RECIPES["tiny"]["updates"])
     for phase, updates in args.updates.items():
         if phase not in known or not 1 <= len(updates) <= 2 or min(updates) < 1:
             raise SystemExit(f"--updates {phase}={updates}: phases are {', '.join(sorted(known))}; give each one or two "
                              "parts, of 1 update or more")  # fmt: skip
-    try:
-        radius_is_positive = args.reflect in ("measured", "none") or 0 < float(args.reflect) < float("inf")
-    except ValueError:
-        radius_is_positive = False
-    if not radius_is_positive:
-        raise SystemExit(f"--reflect {args.reflect}: must be measured, none or a positive radius")
-    for name in ("teacher", "data"):
-        if getattr(args, name) is None:
-            raise SystemExit(f"--{name}: the recipe {args.recipe} has no default; give a folder or a hub name")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,17 +151,10 @@ def check_args(args) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def forward_states(schedule: NoiseSchedule, x: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(z_t, eps): forward diffusion of data, Alg. 1 line 3."""
-    eps = torch.randn(x.shape, generator=generator, device=x.device)
-    return add_noise(schedule, x, eps, t), eps
-
-
 def v_step(schedule: NoiseSchedule, student: Model, x: Tensor, cond: dict, null: dict, generator) -> tuple[Tensor, Tensor]:
     """Phase (a), eps -> v: plain v-loss on data, some captions dropped so that the null prompt converts too [D18]."""
     t = torch.randint(len(schedule.alpha) - 1, (len(x),), generator=generator, device=x.device)
-    dropped = torch.rand(len(x), generator=generator, device=x.device) < CAPTION_DROPOUT
-    cond = {k: torch.where(dropped.view(-1, *[1] * (c.ndim - 1)), null.get(k, c), c) for k, c in cond.items()}
+    cond = drop_prompts(cond, null, CAPTION_DROPOUT, generator)
     z_t, eps = forward_states(schedule, x, t, generator)
     alpha_t, sigma_t = schedule.at(t)
     v = alpha_t * eps - sigma_t * x
@@ -254,15 +227,6 @@ def plan_phases(args, prediction_type: str, has_w: bool) -> list[Phase]:
     return phases
 
 
-def with_w_embedding(unet):
-    """A copy with the guidance embedding; its projection starts at zero, so the output is the same at first [D11]."""
-    student = type(unet).from_config({**unet.config, "time_cond_proj_dim": W_EMBEDDING_DIM})
-    missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
-    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
-    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
-    return student
-
-
 def sampler_of(pipe):
     """The sampler that the saved stages carry: in stock diffusers, first-order DPM-Solver++ is DDIM on our grid [D2]."""
     from diffusers import DPMSolverMultistepScheduler
@@ -271,12 +235,6 @@ def sampler_of(pipe):
         **betas_of(pipe), prediction_type="v_prediction", algorithm_type="dpmsolver++", solver_order=1,
         timestep_spacing="linspace", final_sigmas_type="zero", steps_offset=1,  # the offset has no effect on linspace
     )  # fmt: skip
-
-
-def learning_rate(update: int, updates: int, warmup: int, peak: float) -> float:
-    """Linear warm-up, then linear decay to 0 at the end of the part; `update` counts from 0."""
-    warmup = min(warmup, updates - 1)
-    return peak * min((update + 1) / (warmup + 1), (updates - update) / (updates - warmup))
 
 
 class Evaluation:
@@ -526,7 +484,7 @@ def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: Samplin
                                    + ("it does nothing" if moved == 0 else "it distorts; take a wider range"))  # fmt: skip
             stop, due = run.stop.agreed(accelerator), progress["total"] % args.save_every == 0 and update + 1 < updates
             if stop or due:
-                save(run, trained, optimizer)
+                save(run, student=trained, optimizer=optimizer)
             if due:
                 save_samples(run, phase, nets)
             if stop:
@@ -536,13 +494,13 @@ def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: Samplin
     return True
 
 
-def save(run: Run, trained=None, optimizer=None) -> None:
+def save(run: Run, **trained) -> None:
     """A checkpoint of everything: --resume gives the weights that an unbroken run would have."""
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
     mine = dict(noise=run.noise.get_state(), shared=run.shared.get_state(), buffer=run.buffer.state_dict(), k=run.data.k,
                 metrics=run.metrics.totals, support=run.support, scaler=scaler)  # fmt: skip
     folder = Path(run.args.output_dir) / "checkpoints"
-    save_checkpoint(run.accelerator, folder, run.progress["total"], run.progress, mine, trained, optimizer)
+    save_checkpoint(run.accelerator, folder, run.progress["total"], run.progress, mine, **trained)
 
 
 def restore(run: Run, checkpoint: Path) -> None:
@@ -631,7 +589,7 @@ def train_phase(run: Run, phase: Phase, source: Path, gc: Path, checkpoint: Path
             return None
         run.progress |= {"part": part + 1, "update": 0}
         if part + 1 < len(phase.updates):
-            save(run, trained, optimizer)
+            save(run, student=trained, optimizer=optimizer)
 
     save_samples(run, phase, nets)
     if phase.name.isdigit():
@@ -652,12 +610,7 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     facts = {"world_size": world_size, "mixed_precision": accelerator.mixed_precision}
     if args.resume:
         refuse_changes(facts, json.loads((Path(args.output_dir) / "config.json").read_text()))
-    args.batch_size = args.batch_size or max(1, args.global_batch_size // world_size)
-    accumulation, rest = divmod(args.global_batch_size, args.batch_size * world_size)
-    if rest or not accumulation:
-        raise SystemExit(f"--global_batch_size {args.global_batch_size}: must be a multiple of --batch_size {args.batch_size} "
-                         f"times {world_size} process(es)")  # fmt: skip
-    accelerator.gradient_accumulation_steps = accumulation
+    accelerator.gradient_accumulation_steps = accumulation_of(args, world_size)
     if accelerator.is_main_process and not (args.dry_run or args.check_data):
         check_output_dir(args)
 
@@ -705,18 +658,6 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     if args.report_to:
         accelerator.init_trackers("pd_ddil", config={name: str(value) for name, value in vars(args).items()})
     return run, phases
-
-
-def support_of(threshold: str, data: LatentData) -> Support:
-    """--reflect as a support; measured: on 1,024 training latents, the same ones on all ranks [D15]."""
-    if threshold == "none":
-        return None
-    if threshold != "measured":
-        radius = torch.full((1, 1, 1, 1), float(threshold), device=data.generator.device)
-        return -radius, radius
-    rows = torch.randperm(len(data.dataset), generator=torch.Generator().manual_seed(0))[:1024].split(data.batch_size)
-    generator = torch.Generator(data.generator.device).manual_seed(0)
-    return measure_support(torch.cat([data.sample(part, generator)[0] for part in rows]))
 
 
 def main(argv=None) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import pd_ddil  # noqa: E402
-from common import load_pipeline, save_pipeline  # noqa: E402
+from common import W_EMBEDDING_DIM, load_pipeline, save_pipeline  # noqa: E402
 
 
 def report(name: str, value: float, unit: str = "x") -> None:
@@ -117,7 +117,7 @@ def update_over_unet(name: str, make_gc, flags: list[str], rounds: int, with_opt
         network = nets.counted[0]
         x, _, cond = run.data_batch()
         t = torch.full((len(x),), 500)
-        inputs = dict(encoder_hidden_states=cond["prompt"], timestep_cond=torch.randn(len(x), pd_ddil.W_EMBEDDING_DIM))
+        inputs = dict(encoder_hidden_states=cond["prompt"], timestep_cond=torch.randn(len(x), W_EMBEDDING_DIM))
 
         def bare():
             with torch.no_grad():

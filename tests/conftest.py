@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -48,12 +49,10 @@ def signals_kept():
             signal.signal(number, handler)
 
 
-def run_here(*args) -> None:
+def run_here(*args, script="pd_ddil.py") -> None:
     """The same as run_script in this process: no imports to wait for, and SystemExit can be caught."""
-    import pd_ddil
-
     with signals_kept():
-        pd_ddil.main([*map(str, args)])
+        importlib.import_module(script.removesuffix(".py")).main([*map(str, args)])
 
 
 def tiny_tokenizer(folder: Path):

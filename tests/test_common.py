@@ -15,7 +15,7 @@ from diffusers import (
 import common
 from common import (
     CLEAN, LatentData, NoiseSchedule, PromptEncoder, SamplingPrior, TrajectoryBuffer, add_noise, check_images,
-    combine_guidance, ddim_step, eps_from_v, guidance_embedding, load_images, load_pipeline, load_schedule,
+    combine_guidance, consistency_function, consistency_rollout, ddim_step, drop_prompts, eps_from_v, forward_states, guidance_embedding, load_images, load_pipeline, load_schedule,
     measure_support, mixed_rollout, moved_fraction, noise_of, reflect, rotation, student_rollout, teacher_rollout,
     timestep_grid, v_from_prediction, x_from_v,
 )  # fmt: skip
@@ -430,6 +430,7 @@ def test_no_graph_through_rollouts():
         SD, model, model, noise, TEACHER_GRID, STUDENT_GRID, {}, 0.5, seeded(), query=range(4)
     )
     made = states[1:] + [*landings.values()] + teacher_rollout(SD, model, noise, TEACHER_GRID, {})[1:]
+    made += consistency_rollout(SD, model, noise, TEACHER_GRID, {}, seeded())[1:]
     assert not any(z.requires_grad for z in made)
     assert model(noise, None, {}).requires_grad  # or the line above shows nothing
 
@@ -451,6 +452,63 @@ def test_biased_student_drifts_as_predicted():
         if j < len(moves):
             d = rotation(SD64, torch.tensor([t]), torch.tensor([s]))[1]
             u = torch.where(moves[j].view(-1, 1, 1, 1), gain(t, s) * u - d * b, by_teacher)
+
+
+# --- consistency functions and their sampling ---
+
+
+def eps_of(z_t, t, cond=None):
+    """nonlinear_model's v as eps, which LCMScheduler is given."""
+    t = torch.as_tensor(t).expand(len(z_t))
+    return eps_from_v(SD, z_t, nonlinear_model(z_t, t, {}), t)
+
+
+def test_consistency_function_is_the_identity_at_the_clean_end():
+    z = randn(8, *SHAPE)
+    assert torch.equal(consistency_function(SD64, nonlinear_model, z, torch.zeros(8, dtype=torch.long), {}), z)
+    t = torch.full((8,), 19)
+    x_hat = x_from_v(SD64, z, nonlinear_model(z, t, {}), t)
+    assert max_error(consistency_function(SD64, nonlinear_model, z, t, {}), x_hat) < 1e-4 < max_error(z, x_hat)
+
+
+def test_consistency_function_reflects_the_estimate():
+    z, t, support = randn(8, *SHAPE), torch.full((8,), 999), box(0.7)
+    assert consistency_function(SD64, nonlinear_model, z, t, {}).abs().max() > 1
+    assert consistency_function(SD64, nonlinear_model, z, t, {}, support).abs().max() < 0.7 + 1e-6
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+def test_consistency_rollout_equals_lcm_scheduler_s(n):
+    """Every state and the end, on the same noise."""
+    sampler = LCMScheduler(**SD_BETAS, original_inference_steps=50)
+    sampler.set_timesteps(n)
+    noise = randn(8, *SHAPE, dtype=torch.float32)
+    theirs, generator = [noise], seeded(1)
+    for t in sampler.timesteps:
+        step = sampler.step(eps_of(theirs[-1], t), t, theirs[-1], generator=generator)
+        theirs.append(step.prev_sample)
+    timesteps = [*sampler.timesteps.tolist(), CLEAN]
+    ours = consistency_rollout(SD, nonlinear_model, noise, timesteps, {}, seeded(1))
+    assert len(ours) == len(theirs) == n + 1
+    assert max(max_error(a, b) for a, b in zip(ours, theirs)) < 2e-5
+    stopped = consistency_rollout(SD, nonlinear_model, noise, timesteps[:2], {}, seeded(1))  # on its way
+    assert all(torch.equal(a, b) for a, b in zip(stopped, ours))
+
+
+def test_consistency_rollout_of_exact_estimates_keeps_the_marginals():
+    """Gaussian data and f = the flow's end: every state is distributed as forward diffusion of data."""
+
+    def flow_model(z_t, t, cond):
+        alpha_t, sigma_t = SD64.at(t)
+        x = MEAN + STD * (z_t - alpha_t * MEAN) / ((alpha_t * STD) ** 2 + sigma_t**2).sqrt()
+        return (alpha_t * z_t - x) / sigma_t
+
+    t = torch.full((50_000,), 999)
+    z, _ = forward_states(SD64, MEAN + STD * randn(50_000, 1, 1, 1), t, seeded(1))
+    timesteps = [999, 759, 499, 259]
+    for s, state in zip(timesteps, consistency_rollout(SD64, flow_model, z, timesteps, {}, seeded(2))):
+        std = ((SD64.alpha[s] * STD) ** 2 + SD64.sigma[s] ** 2).sqrt()
+        assert abs(state.mean() - SD64.alpha[s] * MEAN) < 0.02 and abs(state.std() / std - 1) < 0.02
 
 
 # --- sampling priors ---
@@ -605,6 +663,16 @@ def test_guidance_embedding_equals_the_pipeline_s():
     theirs = embed(None, w - 1, embedding_dim=256)
     assert max_error(guidance_embedding(w, 256), theirs) < 1e-3  # sines of up to 13,000 radians, in fp32
     assert max_error(guidance_embedding(w, 256), embed(None, w, embedding_dim=256)) > 0.5
+
+
+def test_dropped_prompts_are_the_empty_one_s():
+    n, null = 4000, {"prompt": torch.full((1, 2, 3), -1.0)}
+    cond = {"prompt": randn(n, 2, 3).abs(), "w": torch.arange(n)}
+    out = drop_prompts(cond, null, 0.25, seeded())
+    dropped = (out["prompt"] == -1).all(dim=2).all(dim=1)
+    assert abs(dropped.float().mean() - 0.25) < 0.02 and torch.equal(out["w"], cond["w"])
+    assert torch.equal(out["prompt"][~dropped], cond["prompt"][~dropped])
+    assert torch.equal(drop_prompts(cond, null, 0.0, seeded())["prompt"], cond["prompt"])
 
 
 def test_with_guidance_evaluates_both_branches():

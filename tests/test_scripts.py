@@ -611,6 +611,7 @@ def test_diverging_run_stops(tmp_path, gc_folder, data_folder):
 
 
 README = ROOT / "README.md"
+SCRIPTS = ["pd_ddil", "lcm_ddil"]
 
 
 def readme_command(word: str) -> str:
@@ -649,15 +650,21 @@ def test_readme_s_snippet(finished):
     assert names["image"].size == (32, 32)
 
 
-def test_flags_in_words_exist(capsys):
-    """Those of README and of the script's docstring; what stands before pd_ddil.py on a line is accelerate's."""
+def flags_of(script: str, capsys) -> set[str]:
     with pytest.raises(SystemExit):
-        pd_ddil.parse_args(["--help"])
-    known = set(re.findall(r"--\w+", capsys.readouterr().out.partition("\noptions:")[2]))  # after the docstring
-    assert {"--recipe", "--student_rate", "--dry_run"} <= known
-    for text in (README.read_text(), pd_ddil.__doc__):
-        ours = re.sub(r"accelerate launch .*?pd_ddil\.py|bf16 is accelerate's", "", text)
-        assert set(re.findall(r"(?<![\w-])--\w+", ours)) <= known
+        importlib.import_module(script).parse_args(["--help"])
+    return set(re.findall(r"--\w+", capsys.readouterr().out.partition("\noptions:")[2]))  # after the docstring
+
+
+def test_flags_in_words_exist(capsys):
+    """Those of README and of the scripts' docstrings; what stands before a script on a line is accelerate's."""
+    known = {script: flags_of(script, capsys) for script in SCRIPTS}
+    assert all({"--recipe", "--p_forward", "--dry_run"} <= flags for flags in known.values())
+    texts = [(README.read_text(), set.union(*known.values()))]
+    texts += [(importlib.import_module(script).__doc__, known[script]) for script in SCRIPTS]
+    for text, flags in texts:
+        ours = re.sub(r"accelerate launch .*?_ddil\.py|bf16 is accelerate's", "", text)
+        assert set(re.findall(r"(?<![\w-])--\w+", ours)) <= flags
 
 
 def test_links_and_files_of_readme_exist():
@@ -668,12 +675,13 @@ def test_links_and_files_of_readme_exist():
     assert not [name for name in links + files if not (ROOT / name).exists()]
 
 
-def test_map_of_the_paper_names_what_exists():
-    rows = pd_ddil.__doc__.partition("paper   ")[2].partition("\n\n")[0].splitlines()[1:]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_map_of_the_paper_names_what_exists(script):
+    rows = importlib.import_module(script).__doc__.partition("paper   ")[2].partition("\n\n")[0].splitlines()[1:]
     assert 5 < len(rows) <= 15
     for row in rows:
-        for symbol in re.split(r"\s{2,}", row.strip())[-1].split(", "):
-            module, _, name = symbol.rpartition(".") if symbol.startswith("common.") else ("pd_ddil", "", symbol)
+        for symbol in re.split(r", | in ", re.split(r"\s{2,}", row.strip())[-1]):
+            module, _, name = symbol.rpartition(".") if symbol.startswith("common.") else (script, "", symbol)
             owner, *rest = module.split(".")
             found = importlib.import_module(owner)
             for part in [*rest, name]:
@@ -682,14 +690,16 @@ def test_map_of_the_paper_names_what_exists():
 
 
 def test_readings_cited_in_code_are_listed():
-    code = "".join((ROOT / name).read_text() for name in ("common.py", "pd_ddil.py"))
+    code = "".join((ROOT / f"{name}.py").read_text() for name in ("common", *SCRIPTS))
     listed = set(re.findall(r"^\| D(\d+) \|", README.read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"\[D(\d+)\]", code)) <= listed
 
 
-def test_seams_are_marked():
+@pytest.mark.parametrize("script, seams", [
+    ("pd_ddil", ["SamplingPrior(", "reflect", "dagger_batch("]), ("lcm_ddil", ["SamplingPrior(", "student_batch"]),
+])  # fmt: skip
+def test_seams_are_marked(script, seams):
     """grep "# DDIL:" shows what the paper adds to plain distillation."""
-    code = "".join((ROOT / name).read_text() for name in ("common.py", "pd_ddil.py"))
-    marked = [line for line in code.splitlines() if "# DDIL:" in line]
-    for what in ("SamplingPrior(", "reflect", "dagger_batch("):
-        assert any(what in line for line in marked), what
+    marked = [line for line in (ROOT / f"{script}.py").read_text().splitlines() if "# DDIL:" in line]
+    assert all(any(what in line for line in marked) for what in seams)
+    assert any("reflect" in line for line in (ROOT / "common.py").read_text().splitlines() if "# DDIL:" in line)

@@ -1,0 +1,527 @@
+"""lcm_ddil.py: the loss against closed forms, the run against a short independent loop and against stock diffusers."""
+
+import copy
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, W_RANGE, run_here, run_script, save_teacher, signals_kept
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+from test_common import MEAN, SD64, SHAPE, STD, Counted, box, gaussian_model, max_error, nonlinear_model, randn, seeded
+
+import lcm_ddil
+from common import (
+    CLEAN, LatentData, PromptEncoder, UNetModel, add_noise, consistency_function, consistency_rollout, ddim_step,
+    last_checkpoint, load_images, load_pipeline, load_schedule, rotation, seed_of, teacher_rollout, timestep_grid,
+    with_guidance,
+)  # fmt: skip
+from lcm_ddil import consistency_step, draw_stop, parse_args, part_of, sampler_timesteps
+
+GRID = timestep_grid(50, "trailing")
+SMALL = ["--global_batch_size", "4", "--warmup", "1", "--log_every", "1", "--learning_rate", "1e-3", "--updates", "8"]
+W = ["--guidance_range", *map(str, W_RANGE)]
+LORA = ["--lora_rank", "2", "--learning_rate", "0.05"]
+
+
+def command(folder, teacher, data, *flags) -> list:
+    return ["--teacher", teacher, "--data", data, "--output_dir", folder, *SMALL, *(W if "--lora_rank" not in flags else []), *flags]
+
+
+def lcm_here(*args) -> None:
+    run_here(*args, script="lcm_ddil.py")
+
+
+def weights_of(folder) -> dict:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def rows_of(folder) -> list[dict]:
+    header, *lines = (folder / "metrics.csv").read_text().splitlines()
+    return [dict(zip(header.split(","), line.split(","))) for line in lines]
+
+
+# --- the loss ---
+
+
+def flow_end(z_t, t):
+    """Gaussian data: where the probability flow leads from z_t."""
+    alpha_t, sigma_t = SD64.at(t)
+    return MEAN + STD * (z_t - alpha_t * MEAN) / ((alpha_t * STD) ** 2 + sigma_t**2).sqrt()
+
+
+def flow_model(z_t, t, cond):
+    """v for which the consistency function, scalings included, is the flow's end."""
+    alpha_t, sigma_t = SD64.at(t)
+    scaled_t = 10.0 * t.view(-1, 1, 1, 1)
+    c_skip, c_out = 0.25 / (scaled_t**2 + 0.25), scaled_t / (scaled_t**2 + 0.25).sqrt()
+    return (alpha_t * z_t - (flow_end(z_t, t) - c_skip * z_t) / c_out) / sigma_t
+
+
+def l2(teacher, z_t, t, s, student=flow_model, target=flow_model, support=None):
+    return consistency_step(SD64, student, target, teacher, z_t, t, s, {}, support, "l2", 0.001)
+
+
+def test_exact_consistency_function_has_no_loss_on_exact_steps():
+    z_t, t = randn(len(GRID), *SHAPE), torch.tensor(GRID)
+    s = torch.tensor([*GRID[1:], CLEAN])
+
+    def exact_step(z_t, t, cond):
+        """The v from which DDIM goes where the flow does."""
+        (a_t, s_t), (a_s, s_s) = SD64.at(t), SD64.at(s)
+        scale = (((a_s * STD) ** 2 + s_s**2) / ((a_t * STD) ** 2 + s_t**2)).sqrt()
+        c, d = rotation(SD64, t, s)
+        return (c * z_t - (a_s * MEAN + scale * (z_t - a_t * MEAN))) / d
+
+    assert l2(exact_step, z_t, t, s).max() < 1e-20
+    assert l2(gaussian_model, z_t, t, s).max() > 1e-8
+
+
+def test_one_ddim_step_is_exact_to_second_order():
+    """The root of the loss falls as h^2."""
+    z_t, t = randn(64, *SHAPE), torch.full((64,), 499)
+    errors = [l2(gaussian_model, z_t, t, t - h).mean().sqrt() for h in (40, 20, 10, 5)]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert 0.2 < fine / coarse < 0.3
+
+
+def test_at_the_clean_end_the_target_is_the_teacher_s_estimate():
+    """Without a call of the target network."""
+    z_t, t = randn(4, *SHAPE), torch.tensor([19, 19, 39, 19])
+    s, target = torch.tensor([CLEAN, CLEAN, 19, CLEAN]), Counted(flow_model)
+    losses = l2(gaussian_model, z_t, t, s, target=target)
+    assert target.samples == 1
+    z_s = ddim_step(SD64, z_t, gaussian_model(z_t, t, {}), t, s)
+    expected = (consistency_function(SD64, flow_model, z_t, t, {}) - z_s).pow(2).mean(dim=(1, 2, 3))
+    assert max_error(losses[[0, 1, 3]], expected[[0, 1, 3]]) < 1e-15
+
+
+def test_teacher_and_target_are_reflected_but_not_the_student():
+    z_t, t, support = 3 * randn(8, *SHAPE), torch.full((8,), 499), box(0.7)
+    s = t - 20
+    z_s = ddim_step(SD64, z_t, nonlinear_model(z_t, t, {}), t, s, support)
+    x_target = consistency_function(SD64, nonlinear_model, z_s, s, {}, support)
+    x_hat = consistency_function(SD64, nonlinear_model, z_t, t, {})
+    losses = l2(nonlinear_model, z_t, t, s, nonlinear_model, nonlinear_model, support)
+    assert max_error(losses, (x_hat - x_target).pow(2).mean(dim=(1, 2, 3))) < 1e-15
+    assert x_target.abs().max() < 0.7 + 1e-4 and x_hat.abs().max() > 1
+
+
+def test_huber():
+    a, b = randn(8, *SHAPE), randn(8, *SHAPE, seed=1)
+    expected = torch.stack([(((p - q) ** 2 + 1e-4).sqrt() - 1e-2).mean() for p, q in zip(a, b)])
+    assert max_error(lcm_ddil.distance(a, b, "huber", 0.01), expected) < 1e-15
+    assert max_error(lcm_ddil.distance(a, b, "l2", 0.01), (a - b).pow(2).mean(dim=(1, 2, 3))) < 1e-15
+
+
+def test_only_the_student_gets_a_gradient():
+    scales = {name: torch.nn.Parameter(torch.tensor(0.5)) for name in ("student", "target", "teacher")}
+    models = {name: lambda z, t, cond, scale=scale: scale * z for name, scale in scales.items()}
+    z_t, t = randn(4, *SHAPE), torch.full((4,), 499)
+    l2(models["teacher"], z_t, t, t - 20, models["student"], models["target"]).mean().backward()
+    assert scales["student"].grad.abs() > 0 and scales["target"].grad is None and scales["teacher"].grad is None
+
+
+# --- grids and priors ---
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 16, 50])
+def test_sampler_s_timesteps_are_stock_diffusers_and_on_the_solver_grid(n):
+    sampler = LCMScheduler(original_inference_steps=50)
+    sampler.set_timesteps(n)
+    assert sampler_timesteps(n, GRID) == sampler.timesteps.tolist()
+    assert set(sampler_timesteps(n, GRID)) <= set(GRID)
+
+
+def test_paper_s_timesteps():
+    assert sampler_timesteps(3, GRID) == [999, 679, 339] and sampler_timesteps(4, GRID) == [999, 759, 499, 259]
+    assert sampler_timesteps(5, GRID) == [999, 799, 599, 399, 199]
+
+
+def test_equal_parts():
+    assert [part_of(u, 8, 2) for u in range(8)] == [0] * 4 + [1] * 4
+    assert [part_of(u, 7, 3) for u in range(7)] == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_priors_of_the_flags():
+    assert parse_args([]).p_student == [0.25, 0.5]  # what the others leave [D12]
+    assert parse_args(["--p_forward", "1"]).p_student == [0.0]
+    assert parse_args(["--p_forward", ".5", "--p_teacher", "0", ".5"]).p_student == [0.5, 0.0]
+
+
+def test_recipes_hold_the_paper_s_numbers():
+    args = parse_args(["--recipe", "sd15", "--teacher", "t", "--data", "d"])
+    assert (args.updates, args.global_batch_size, args.learning_rate, args.teacher_steps) == (8000, 360, 1e-5, 50)
+    assert list(args.rollout_steps) == [3, 4, 5] and args.reflect == "measured" and args.batch_size * 6 == 360
+
+
+# --- one run ---
+
+
+@pytest.fixture
+def make_run(teacher_folder, data_folder, tmp_path):
+    """A run as main() sets it up, with its real networks."""
+
+    def make(*flags):
+        args = parse_args([*map(str, command(tmp_path / "run", teacher_folder, data_folder, *flags))])
+        run = lcm_ddil.setup(args, Accelerator())
+        return run, *lcm_ddil.prepare(run, run.pipe.unet, run.pipe.scheduler.config.prediction_type, None)
+
+    with signals_kept():
+        yield make
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_a_rollout_stops_at_any_point_of_three_to_five_steps(make_run, start):
+    run, *_ = make_run(*["--store_start"] * start)
+    stops = [tuple(draw_stop(run)) for _ in range(3000)]
+    possible = {tuple(sampler_timesteps(n, GRID)[: j + 1]) for n in (3, 4, 5) for j in range(0 if start else 1, n)}
+    assert set(stops) == possible  # after [D12] the start, unless asked for
+    for stop in possible - {(999,)}:
+        n = next(n for n in (3, 4, 5) if tuple(sampler_timesteps(n, GRID)[: len(stop)]) == stop)
+        share = sum(s == stop for s in stops) / len(stops)
+        assert abs(share - 1 / 3 / (n - (not start))) < 0.03
+
+
+def test_student_states_are_those_that_its_sampler_visits(make_run, monkeypatch):
+    run, nets, *_ = make_run()
+    seen = {}
+    original = consistency_rollout
+
+    def noting(schedule, student, z, timesteps, cond, generator):
+        seen.update(z=z, timesteps=timesteps, state=generator.get_state())
+        return original(schedule, student, z, timesteps, cond, generator)
+
+    monkeypatch.setattr(lcm_ddil, "consistency_rollout", noting)
+    z_t, t, cond = lcm_ddil.student_batch(run, nets)
+    assert set(t.tolist()) == {seen["timesteps"][-1]} and seen["timesteps"][-1] < 999
+    assert (W_RANGE[0] <= cond["w"]).all() and (cond["w"] <= W_RANGE[1]).all()
+
+    sampler, generator = lcm_ddil.sampler_of(run.pipe, 50), torch.Generator()
+    generator.set_state(seen["state"])
+    n = next(n for n in (3, 4, 5) if sampler_timesteps(n, GRID)[1] == seen["timesteps"][1])
+    sampler.set_timesteps(n)
+    z = seen["z"]
+    for at in seen["timesteps"][:-1]:
+        t_all = torch.full((len(z),), at)
+        v = nets.rolling(z, t_all, cond)
+        alpha_t, sigma_t = run.schedule.at(t_all)
+        with torch.no_grad():
+            z = sampler.step(sigma_t * z + alpha_t * v, torch.tensor(at), z, generator=generator).prev_sample
+    assert max_error(z, z_t) < 1e-4
+
+
+def test_teacher_states_are_on_its_reflected_trajectory(make_run, monkeypatch):
+    run, nets, *_ = make_run("--p_teacher", ".2", "--reflect", "0.5")
+    seen = {}
+
+    def noting(schedule, teacher, z, path, cond, support):
+        seen.update(z=z, path=path)
+        return teacher_rollout(schedule, teacher, z, path, cond, support)
+
+    monkeypatch.setattr(lcm_ddil, "teacher_rollout", noting)
+    z_t, t, cond = lcm_ddil.teacher_batch(run, nets)
+    assert seen["path"] == [p for p in GRID if p >= t[0]]
+    z = seen["z"]
+    for a, b in zip(seen["path"], seen["path"][1:]):
+        a, b = torch.full((len(z),), a), torch.full((len(z),), b)
+        z = ddim_step(run.schedule, z, nets.teacher(z, a, cond), a, b, run.support)
+    assert torch.equal(z, z_t)
+
+
+@pytest.mark.parametrize("flags", [[], LORA])
+def test_student_is_its_teacher_at_first(make_run, flags):
+    run, nets, trained, _ = make_run(*flags)
+    x, ids = run.data.next()
+    cond, t = run.draw_cond(ids), torch.full((len(x),), 499)
+    plain = UNetModel(load_pipeline(run.args.teacher).unet, run.schedule, "epsilon", torch.no_grad)
+    expected = plain(x, t, cond)
+    with torch.no_grad():
+        assert max_error(nets.student(x, t, cond), expected) < 1e-6
+        assert max_error(nets.target(x, t, cond), expected) < 1e-6
+        guided = with_guidance(plain, run.null)(x, t, cond)
+        assert max_error(nets.teacher(x, t, cond), guided) < 1e-5
+
+
+def test_lora_leaves_its_teacher_alone(make_run):
+    run, nets, trained, _ = make_run(*LORA)
+    x, ids = run.data.next()
+    cond, t = run.draw_cond(ids), torch.full((len(x),), 499)
+    assert set(cond["w"].tolist()) == {7.5}
+    with torch.no_grad():
+        before = nets.teacher(x, t, cond), nets.student(x, t, cond)
+        for p in trained.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+        after = nets.teacher(x, t, cond), nets.student(x, t, cond)
+    assert torch.equal(before[0], after[0]) and max_error(before[1], after[1]) > 1e-3
+    assert any(p.requires_grad for p in trained.parameters())  # and can be trained on
+
+
+def test_no_copy_without_moving_average(make_run):
+    run, nets, trained, _ = make_run("--ema_decay", "0")
+    assert nets.ema is None and nets.target is nets.rolling
+    assert {id(model.unet) for model in nets.counted} == {id(run.pipe.unet), id(trained)}
+
+
+def test_target_is_the_moving_average(make_run):
+    run, nets, trained, optimizer = make_run("--ema_decay", "0.9")
+    expected = [p.detach().clone() for p in trained.parameters()]
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    for _ in range(3):
+        lcm_ddil.update_student(run, "forward", nets, trained, optimizer)
+        expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, trained.parameters())]
+    assert max(max_error(a, b) for a, b in zip(nets.ema.parameters(), expected)) < 1e-6
+    assert max(max_error(a, b) for a, b in zip(trained.parameters(), expected)) > 1e-3
+
+
+def test_forwards_are_counted(make_run):
+    """For each of B samples: guided teacher 2, target 1 (0 at the last grid point), student 1 + 2, rollout j."""
+    run, nets, trained, optimizer = make_run()
+    for source in ("forward", "student", "teacher"):
+        before = run.progress["forwards"]
+        state = run.shared.get_state()
+        lcm_ddil.update_student(run, source, nets, trained, optimizer)
+        spent = run.progress["forwards"] - before
+        run.shared.set_state(state)
+        timesteps = draw_stop(run)
+        extra = dict(forward=0, student=len(timesteps) - 1, teacher=2 * GRID.index(timesteps[-1]))[source]
+        if source == "forward":
+            assert 5 * 4 <= spent <= 6 * 4
+        else:
+            assert spent == (6 + extra) * 4
+
+
+def plain_lcm(student, target, teacher, data, prompts, schedule, noise, updates, lr, decay, lo, hi):
+    """Latent consistency distillation. It knows no prior, no rollout and no threshold."""
+    optimizer = torch.optim.AdamW(student.unet.parameters(), lr=lr)
+    for i in range(updates):
+        optimizer.param_groups[0]["lr"] = lr * min((i + 1) / 2, (updates - i) / (updates - 1))
+        x, ids = data.next()
+        w, _ = lo + (hi - lo) * torch.rand(len(x), generator=noise), torch.rand(len(x), generator=noise)
+        cond, k = prompts.encode(ids) | {"w": w}, torch.randint(50, (len(x),), generator=noise)
+        t, s = torch.tensor(GRID)[k], torch.tensor([*GRID[1:], CLEAN])[k]
+        z_t = add_noise(schedule, x, torch.randn(x.shape, generator=noise), t)
+        z_s = ddim_step(schedule, z_t, teacher(z_t, t, cond), t, s)
+        goal, inner = z_s.clone(), s >= 0
+        rows = {name: value[inner] for name, value in cond.items()}
+        goal[inner] = consistency_function(schedule, target, z_s[inner], s[inner], rows).detach()
+        d = consistency_function(schedule, student, z_t, t, cond) - goal
+        ((d**2 + 0.001**2).sqrt() - 0.001).mean(dim=(1, 2, 3)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(student.unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        for a, p in zip(target.unet.parameters(), student.unet.parameters()):
+            a.data.lerp_(p.data, 1 - decay)
+
+
+@pytest.mark.parametrize("seed", [3])
+def test_plain_lcm_equals_a_short_independent_loop(teacher_folder, data_folder, tmp_path, seed):
+    """--p_forward 1 through all of the script, bit for bit."""
+    lcm_here(*command(tmp_path / "run", teacher_folder, data_folder, "--p_forward", 1, "--reflect", "none", "--seed", seed))
+    pipe, (dataset, _) = load_pipeline(str(teacher_folder)), load_images(str(data_folder))
+    schedule, prompts, noise = load_schedule(pipe), PromptEncoder(pipe, "cpu"), seeded(seed_of(seed, "rank", 0))
+    data = LatentData(dataset, pipe, prompts, 4, seed, 0, 1, noise, cache=True)
+    student = UNetModel(lcm_ddil.with_w_embedding(pipe.unet).requires_grad_(True).train(), schedule, "epsilon", torch.enable_grad)
+    target = UNetModel(copy.deepcopy(student.unet), schedule, "epsilon", torch.no_grad)
+    teacher = with_guidance(UNetModel(pipe.unet, schedule, "epsilon", torch.no_grad), prompts.null())
+    plain_lcm(student, target, teacher, data, prompts, schedule, noise, 8, 1e-3, 0.95, *W_RANGE)
+    saved = load_pipeline(str(tmp_path / "run" / "pipeline")).unet.state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in student.unet.state_dict().items())
+
+
+# --- whole runs ---
+
+
+FLAGS = ["--p_forward", 0.4, "--p_teacher", 0.2]  # so that all sources are drawn
+
+
+@pytest.fixture(scope="session")
+def finished_lcm(tmp_path_factory, teacher_folder, data_folder):
+    folder = tmp_path_factory.mktemp("lcm") / "run"
+    lcm_here(*command(folder, teacher_folder, data_folder, *FLAGS))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_lora(tmp_path_factory, teacher_folder, data_folder):
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    lcm_here(*command(folder, teacher_folder, data_folder, *LORA))
+    return folder
+
+
+def test_lcm_run_folder(finished_lcm):
+    for name in ("pipeline", "checkpoints", "metrics.csv", "config.json", "samples", "lcm_ddil.py", "common.py"):
+        assert (finished_lcm / name).exists(), name
+    rows = rows_of(finished_lcm)
+    assert [int(row["total_updates"]) for row in rows] == [*range(1, 9)]
+    assert {s for s in ("forward", "teacher", "student") for row in rows if row[f"loss_{s}"]} == {"forward", "teacher", "student"}
+    assert all(float(row["loss"]) > 0 and 0 <= float(row["moved_by_reflect"]) <= 1 for row in rows)
+    assert len([*(finished_lcm / "samples").glob("*.png")]) == 2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_stock_diffusers_samples_the_lcm_s_images(finished_lcm, steps):
+    """Within 1/255 of our rollout, from the same noise: w embedding, timesteps, re-noising."""
+    captions, w = ["a", "image 3 of test"], 4.0
+    stock = DiffusionPipeline.from_pretrained(finished_lcm / "pipeline")
+    stock.set_progress_bar_config(disable=True)
+    z = randn(2, 4, 8, 8, dtype=torch.float32)
+    settings = dict(num_inference_steps=steps, latents=z, output_type="pt")
+    images = stock(captions, guidance_scale=w, generator=seeded(5), **settings).images
+    assert stock.scheduler.timesteps.tolist() == sampler_timesteps(steps, GRID)
+
+    pipe = load_pipeline(str(finished_lcm / "pipeline"))
+    prompts = PromptEncoder(pipe, "cpu")
+    cond = prompts.encode(prompts.tokenize(captions)) | {"w": torch.full((2,), w)}
+    model = UNetModel(pipe.unet, load_schedule(pipe), "epsilon", torch.no_grad)
+    timesteps = [*sampler_timesteps(steps, GRID), CLEAN]
+    latents = consistency_rollout(load_schedule(pipe), model, z, timesteps, cond, seeded(5))[-1]
+    with torch.no_grad():
+        ours = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+    assert max_error(ours.clamp(0, 1), images) < 1 / 255
+    assert max_error(images, stock(captions, guidance_scale=w + 3, generator=seeded(5), **settings).images) > 0
+
+
+def test_lora_in_stock_diffusers(finished_lora, teacher_folder):
+    """Loaded into the teacher's own pipeline, fused there, and as the fused pipeline that was saved: the same images."""
+    def sample(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(["a", "b"], num_inference_steps=4, guidance_scale=1.0, generator=seeded(5), output_type="pt",
+                    latents=randn(2, 4, 8, 8, dtype=torch.float32)).images  # fmt: skip
+
+    stock = StableDiffusionPipeline.from_pretrained(teacher_folder)
+    stock.scheduler = LCMScheduler.from_config(stock.scheduler.config)
+    without = sample(stock)
+    stock.load_lora_weights(finished_lora / "lora")
+    loaded = sample(stock)
+    stock.fuse_lora()
+    assert max_error(loaded, sample(stock)) < 1e-4
+    assert max_error(loaded, sample(DiffusionPipeline.from_pretrained(finished_lora / "pipeline"))) < 1e-4
+    assert max_error(loaded, without) > 1e-2
+
+
+def test_lora_s_guidance_is_fixed():
+    args = parse_args(["--lora_rank", "4"])
+    assert tuple(args.guidance_range) == (7.5, 7.5)
+    with pytest.raises(SystemExit, match="--guidance_range"):
+        parse_args(["--lora_rank", "4", "--guidance_range", "2", "5"])
+
+
+def assert_same_run(folder, reference) -> None:
+    ours, theirs = (weights_of(f / "pipeline") for f in (folder, reference))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [r | {"seconds": ""} for r in rows_of(folder)] == [r | {"seconds": ""} for r in rows_of(reference)]
+
+
+def test_killed_lcm_resumes_as_if_unbroken(finished_lcm, tmp_path, teacher_folder, data_folder):
+    folder = tmp_path / "run"
+    flags = command(folder, teacher_folder, data_folder, *FLAGS, "--save_every", 3)
+    process = subprocess.Popen([sys.executable, str(ROOT / "lcm_ddil.py"), *map(str, flags)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    while process.poll() is None:
+        if last_checkpoint(folder / "checkpoints"):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL
+    saved = json.loads((last_checkpoint(folder / "checkpoints") / "progress.json").read_text())
+    assert 3 <= saved["total"] < 8
+    lcm_here("--resume", "--output_dir", folder)
+    assert_same_run(folder, finished_lcm)
+
+
+def test_stopped_lora_resumes_as_if_unbroken(finished_lora, tmp_path, teacher_folder, data_folder, monkeypatch):
+    """Asked to stop, as SIGTERM does, after its fifth update."""
+    folder = tmp_path / "run"
+    stop_after = iter([False] * 4 + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(lcm_ddil.StopRequest, "agreed", lambda *_: next(stop_after))
+        lcm_here(*command(folder, teacher_folder, data_folder, *LORA))
+    assert not (folder / "pipeline").exists()
+    lcm_here("--resume", "--output_dir", folder)
+    assert_same_run(folder, finished_lora)
+    ours, theirs = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (folder, finished_lora))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("flags", [[], LORA])
+def test_lcm_on_two_processes(tmp_path, teacher_folder, data_folder, flags):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = command(tmp_path / "run", teacher_folder, data_folder, *FLAGS, *flags)
+    process = run_script(*flags, script="lcm_ddil.py", launcher=launcher)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
+    assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "run" / "pipeline").values())
+
+
+def test_lcm_of_sdxl_s_shape(tmp_path, xl_folder, data_folder):
+    lcm_here(*command(tmp_path / "run", xl_folder, data_folder, "--updates", 2))
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    stock.set_progress_bar_config(disable=True)
+    assert stock("a", num_inference_steps=2, guidance_scale=4.0, output_type="pt").images.isfinite().all()
+
+
+def test_lcm_from_a_teacher_that_takes_w(tmp_path, gc_folder, data_folder):
+    """As a PD run's stages/gc: its own guidance, one forward instead of two."""
+    lcm_here(*command(tmp_path / "run", gc_folder, data_folder, "--updates", 2, "--p_forward", 1))
+    spent = int(rows_of(tmp_path / "run")[0]["unet_forwards"])
+    assert 4 * 4 <= spent <= 5 * 4
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize("flags", [
+    "--teacher_steps 32", "--teacher_steps 0", "--student_steps 51", "--student_steps 0", "--rollout_steps 3 60",
+    "--rollout_steps 1", "--p_forward 1.5", "--p_forward -0.5", "--p_forward nan", "--p_forward .5 .6 .7 --p_teacher .1 .2",
+    "--p_forward .5 --p_student .2", "--lora_rank -1", "--learning_rate 0", "--learning_rate nan", "--huber_c 0",
+    "--ema_decay 1", "--ema_decay -.1", "--prompt_dropout 2", "--global_batch_size 5 --batch_size 2", "--batch_size 0",
+    "--reflect 0", "--reflect sometimes", "--recipe sd21", "--recipe sd15", "--updates 0", "--data no/such/folder",
+    "--teacher no/such/folder", "--guidance_range 6 2", "--lora_rank 2 --guidance_range 1 2", "--warmup -1",
+])  # fmt: skip
+def test_bad_lcm_flag_is_named(flags, tmp_path, teacher_folder, data_folder):
+    base = ["--data", data_folder] if "sd15" in flags else ["--teacher", teacher_folder, "--data", data_folder]
+    with pytest.raises(SystemExit) as caught:
+        lcm_here(*base, "--output_dir", tmp_path / "run", *SMALL, "--max_updates", 1, *flags.split())
+    message = caught.value.code
+    named = {"--recipe sd15": "--teacher", "--lora_rank 2 --guidance_range 1 2": "--guidance_range"}.get(flags, flags.split()[0])
+    assert isinstance(message, str) and named in message and "\n" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_lcm_of_an_lcm_is_refused(finished_lcm, tmp_path, data_folder):
+    with pytest.raises(SystemExit, match="is an LCM already"):
+        lcm_here(*command(tmp_path / "run", finished_lcm / "pipeline", data_folder))
+    assert not (tmp_path / "run").exists()
+
+
+def test_lora_of_a_teacher_that_takes_w_is_refused(gc_folder, tmp_path, data_folder):
+    with pytest.raises(SystemExit, match="--lora_rank 2"):
+        lcm_here(*command(tmp_path / "run", gc_folder, data_folder, *LORA))
+
+
+def test_lcm_s_loss_must_be_finite(tmp_path, data_folder):
+    teacher = save_teacher(tmp_path / "teacher")
+    with pytest.raises(SystemExit, match=r"update [2345678]: the .* is (nan|inf)"):
+        lcm_here(*command(tmp_path / "run", teacher, data_folder, "--learning_rate", 1e30))
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--check_data"])
+def test_lcm_reports_write_nothing(flag, tmp_path, teacher_folder, data_folder, capsys):
+    lcm_here(*command(tmp_path / "run", teacher_folder, data_folder, flag))
+    assert {"--dry_run": "GiB", "--check_data": "usable"}[flag] in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_refuses_another_lcm(finished_lcm, tmp_path):
+    shutil.copytree(finished_lcm, tmp_path / "run")
+    with pytest.raises(SystemExit, match="ema_decay: saved 0.95, now 0.5"):
+        lcm_here("--resume", "--output_dir", tmp_path / "run", "--ema_decay", 0.5)
