@@ -387,9 +387,7 @@ def collect(run: Run, nets: Networks, student_rate: float) -> dict[str, Tensor]:
     change within a stage, where the teacher lands from them [D17]."""
     stored = range(0 if run.args.store_start else 1, len(nets.tau) // 2)  # intervals of the student's grid
     ids = run.data.next_ids()
-    n = min(len(ids), -(-4 * len(ids) // len(stored)))  # prompts for about four batches of states
-    ids = ids[:n]
-    cond = run.prompts.encode(ids) | {"w": run.draw_w(n)}  # one w for a trajectory
+    n, cond = len(ids), run.prompts.encode(ids) | {"w": run.draw_w(len(ids))}  # one w for a trajectory
     z = torch.randn(n, *latent_shape(run.pipe), generator=run.noise, device=run.noise.device)  # Alg. 2 line 1
     states, landings, moves = mixed_rollout(
         run.schedule, nets.teacher, nets.rolling, z, nets.tau, nets.tau[::2], cond, student_rate, run.shared,
