@@ -238,6 +238,17 @@ def without_lora(model: Model, unet) -> Model:
     return frozen
 
 
+def noting(run, model: Model, column: str) -> Model:
+    """The model, and in metrics.csv the share of its x estimate that `reflect` moves."""
+
+    def noted(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        v = model(z_t, t, cond)
+        run.metrics.add(column, moved_fraction(x_from_v(run.schedule, z_t, v, t), run.support))
+        return v
+
+    return noted
+
+
 def describe(args, pipe, n_images: int, world_size: int) -> str:
     """What --dry_run prints: resolved recipe, batch arithmetic, parameters and memory."""
     unet = pipe.unet.num_parameters()
@@ -343,14 +354,12 @@ def teacher_batch(run: Run, nets: Networks) -> tuple[Tensor, Tensor, dict]:
 
 def losses_of(run: Run, source: str, nets: Networks) -> tuple[Tensor, Tensor]:
     """(losses [B], timesteps [B]) of one mini-batch."""
-    args, grid = run.args, run.solver_grid
+    args = run.args
     if source == "forward":
         z_t, t, cond = forward_batch(run)
     else:
         z_t, t, cond = (student_batch if source == "student" else teacher_batch)(run, nets)  # DDIL: Alg. 1 lines 4, 5
-    after = torch.full((1000,), CLEAN, device=t.device)
-    after[grid[:-1]] = torch.tensor(grid[1:], device=t.device)
-    s = after[t]  # the next point of the solver grid, or the clean end
+    s = t - 1000 // args.teacher_steps  # the next point of the solver grid; after its last one, 19 - 20 = CLEAN
     losses = consistency_step(
         run.schedule, nets.student, nets.target, nets.teacher, z_t, t, s, cond, run.support, args.loss, args.huber_c
     )  # fmt: skip
@@ -509,12 +518,6 @@ def prepare(run: Run, unet, prediction_type: str, checkpoint: Path | None):
     frozen = without_lora(network, frozen_unet) if args.lora_rank else network
     guided = frozen if has_w else with_guidance(frozen, run.null)
 
-    def teacher(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
-        """The frozen model, noting how much of its x estimate `reflect` moves."""
-        v = guided(z_t, t, cond)
-        run.metrics.add("moved_by_reflect", moved_fraction(x_from_v(run.schedule, z_t, v, t), run.support))
-        return v
-
     optimizer = torch.optim.AdamW([p for p in student_unet.parameters() if p.requires_grad])  # lr is set at each update
     ema = copy.deepcopy(student_unet).requires_grad_(False) if args.ema_decay and not args.lora_rank else None
     if checkpoint:
@@ -530,8 +533,9 @@ def prepare(run: Run, unet, prediction_type: str, checkpoint: Path | None):
     few = sampler_timesteps(args.student_steps, run.solver_grid)
     rows = {f"teacher, {len(grid)} steps": student_rollout(run.schedule, guided, z, [*grid, CLEAN], cond)[-1]
             for grid in (run.solver_grid, few)}  # fmt: skip
-    counted = list({id(model): model for model in (network, student, rolling, target)}.values())
-    return Networks(teacher, student, rolling, target, ema, counted, rows), trained, optimizer
+    teacher, noted_target = noting(run, guided, "moved_by_reflect"), noting(run, target, "moved_in_target")
+    counted = [network, student, rolling] + [target] * (target is not rolling)
+    return Networks(teacher, student, rolling, noted_target, ema, counted, rows), trained, optimizer
 
 
 def setup(args, accelerator: Accelerator) -> Run | None:
@@ -573,7 +577,8 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     t_columns = [f"loss_t{t}" for t in bins]
     metrics = Metrics(
         out / "metrics.csv", ["part", "total_updates", "unet_forwards", "lr", "seconds"],
-        ["loss", "loss_forward", "loss_teacher", "loss_student", *t_columns, "t_mean", "grad_norm", "moved_by_reflect"], device,
+        ["loss", "loss_forward", "loss_teacher", "loss_student", *t_columns, "t_mean", "grad_norm", "moved_by_reflect",
+         "moved_in_target"], device,
     )  # fmt: skip
     run = Run(
         args, accelerator, pipe, schedule, solver_grid, support_of(args.reflect, data), prompts, prompts.null(), held_out, data,

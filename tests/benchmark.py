@@ -4,6 +4,8 @@
     pd.update_over_unet  seconds of an update over its bare UNet forwards and backward: tiny (without the optimiser; two
                          sums of the same numbers, what is left is overhead), mid size (30M parameters, everything)
     pd.peak_memory       peak resident memory of a mid-size stage with DDIL over the same stage without
+    lcm.ddil_over_plain, lcm.update_over_unet    the same of LCM: the whole recipe; tiny, and mid size
+    lcm.networks         UNets in memory, with the moving average and with --ema_decay 0
 """
 
 import statistics
@@ -19,6 +21,7 @@ from accelerate import Accelerator
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import lcm_ddil  # noqa: E402
 import pd_ddil  # noqa: E402
 from common import W_EMBEDDING_DIM, load_pipeline, save_pipeline  # noqa: E402
 
@@ -40,16 +43,27 @@ def tiny_gc(folder: Path) -> Path:
     return folder
 
 
-def mid_gc(folder: Path) -> Path:
-    """The same with a random 30M-parameter UNet on 32x32 latents of 128-pixel images."""
+def mid_unet(pipe):
+    """A random 30M-parameter UNet on 32x32 latents of 128-pixel images."""
     from diffusers import UNet2DConditionModel
 
-    pipe = load_pipeline(str(ROOT / "assets/tiny/pipeline"))
     down, up = ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2
-    unet = UNet2DConditionModel(sample_size=32, in_channels=4, out_channels=4, block_out_channels=(128, 192, 256),
+    return UNet2DConditionModel(sample_size=32, in_channels=4, out_channels=4, block_out_channels=(128, 192, 256),
                                 down_block_types=down, up_block_types=up, layers_per_block=2, attention_head_dim=8,
                                 cross_attention_dim=pipe.unet.config.cross_attention_dim)  # fmt: skip
-    save_pipeline(folder, pipe, pd_ddil.with_w_embedding(unet), pd_ddil.sampler_of(pipe))
+
+
+def mid_gc(folder: Path) -> Path:
+    """As tiny_gc, with a UNet of middle size."""
+    pipe = load_pipeline(str(ROOT / "assets/tiny/pipeline"))
+    save_pipeline(folder, pipe, pd_ddil.with_w_embedding(mid_unet(pipe)), pd_ddil.sampler_of(pipe))
+    return folder
+
+
+def mid_teacher(folder: Path) -> Path:
+    """A plain eps-predicting teacher of middle size."""
+    pipe = load_pipeline(str(ROOT / "assets/tiny/pipeline"))
+    save_pipeline(folder, pipe, mid_unet(pipe), pipe.scheduler)
     return folder
 
 
@@ -136,6 +150,77 @@ def update_over_unet(name: str, make_gc, flags: list[str], rounds: int, with_opt
         report(f"pd.update_over_unet.{name}", statistics.median(updates) / statistics.median(bares))
 
 
+def open_lcm(folder: Path, *flags: str):
+    """(run, nets, trained, optimizer) of lcm_ddil.py; folder/teacher, where there is one, is distilled."""
+    teacher = ["--teacher", str(folder / "teacher")] * (folder / "teacher").exists()
+    args = lcm_ddil.parse_args([*teacher, "--output_dir", str(folder / "run"), "--overwrite", *flags])
+    run = lcm_ddil.setup(args, Accelerator())
+    return run, *lcm_ddil.prepare(run, run.pipe.unet, run.pipe.scheduler.config.prediction_type, None)
+
+
+def lcm_ddil_over_plain(rounds: int = 48) -> None:
+    """Forward and student updates in turn; the run's time follows from the shares in which its parts mix them."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, nets, trained, optimizer = open_lcm(Path(folder))
+        cost = {source: torch.zeros(2) for source in ("forward", "student")}
+        for update in range(-1, rounds):
+            for source in cost:
+                before = run.progress["forwards"]
+                elapsed = seconds(lcm_ddil.update_student, run, source, nets, trained, optimizer)
+                if update >= 0:  # one to warm up
+                    cost[source] += torch.tensor([elapsed, run.progress["forwards"] - before])
+        p = statistics.mean(run.args.p_forward)  # over equal parts
+        ratios = (p * cost["forward"] + (1 - p) * cost["student"]) / cost["forward"]
+        for unit, ratio in zip(("time", "forwards"), ratios.tolist()):
+            report(f"lcm.ddil_over_plain.{unit}", ratio)
+
+
+def lcm_update_over_unet(name: str, folder: Path, flags: list[str], rounds: int, with_optimizer: bool) -> None:
+    """Plain LCM updates and their bare UNet work (guided teacher, target, the student's forward and backward) in turn."""
+    run, nets, trained, optimizer = open_lcm(folder, *flags)
+    network, target = nets.counted[0], nets.ema
+    x, ids = run.data.next()
+    cond = run.draw_cond(ids)
+    t = torch.full((len(x),), 499)
+    prompt, w = cond["prompt"], torch.randn(len(x), W_EMBEDDING_DIM)
+
+    def bare():
+        with torch.no_grad():
+            network.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([prompt, prompt]))
+            target(x, t, prompt, timestep_cond=w)
+        trained(x, t, prompt, timestep_cond=w).sample.mean().backward()
+        trained.zero_grad()
+
+    def update():
+        lcm_ddil.update_student(run, "forward", nets, trained, optimizer)
+
+    if not with_optimizer:
+        optimizer.step = lambda: None
+    update(), bare()
+    updates, bares = zip(*[(seconds(update), seconds(bare)) for _ in range(rounds)])
+    report(f"lcm.update_over_unet.{name}", statistics.median(updates) / statistics.median(bares))
+
+
+def lcm_tiny_update() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lcm_update_over_unet("tiny", Path(folder), [], 30, with_optimizer=False)
+
+
+def lcm_mid_update() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        mid_teacher(folder / "teacher")
+        flags = ["--data", str(few_images(folder / "data")), "--global_batch_size", "4"]
+        lcm_update_over_unet("mid", folder, flags, 8, with_optimizer=True)
+
+
+def lcm_networks() -> None:
+    for decay in ("0.95", "0"):
+        with tempfile.TemporaryDirectory() as folder:
+            _, nets, _, _ = open_lcm(Path(folder), "--ema_decay", decay)
+            report(f"lcm.networks.ema_decay_{decay}", len({id(model.unet) for model in nets.counted}), "UNets")
+
+
 def peak_memory() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -158,6 +243,10 @@ BENCHMARKS = {
     "pd.update_over_unet.tiny": lambda: update_over_unet("tiny", tiny_gc, [], 30, with_optimizer=False),
     "pd.update_over_unet.mid": lambda: update_over_unet("mid", mid_gc, ["--global_batch_size", "4"], 8, with_optimizer=True),
     "pd.peak_memory": peak_memory,
+    "lcm.ddil_over_plain": lcm_ddil_over_plain,
+    "lcm.update_over_unet.tiny": lcm_tiny_update,
+    "lcm.update_over_unet.mid": lcm_mid_update,
+    "lcm.networks": lcm_networks,
 }
 
 if __name__ == "__main__":

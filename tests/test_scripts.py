@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from test_common import max_error, randn
 from test_pd_ddil import joined_gradient
 
-import pd_ddil
 from common import (
     CLEAN, PromptEncoder, UNetModel, last_checkpoint, load_images, load_pipeline, load_schedule, noise_of,
     student_rollout, timestep_grid, with_guidance,
