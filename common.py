@@ -524,9 +524,12 @@ def load_images(name: str, flag: str = "--data"):
     if held_out is None:
         n = min(256, max(1, len(train) // 10))
         train, held_out = train.select(range(len(train) - n)), train.select(range(len(train) - n, len(train)))
-    if len(train) == 0:
-        raise SystemExit(f"{flag} {name}: its training split is empty")
-    return columns(train), columns(held_out)["caption"]
+    prompts = list(columns(held_out)["caption"])
+    if len(train) == 0 or not prompts:
+        raise SystemExit(f"{flag} {name}: its {'test' if len(train) else 'training'} split is empty")
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise SystemExit(f"{flag} {name}: row {[isinstance(p, str) for p in prompts].index(False)} of its test split has no caption")
+    return columns(train), prompts
 
 
 def check_images(dataset) -> Counter:
@@ -587,12 +590,19 @@ class LatentData:
         try:
             batch = self.dataset[rows.tolist()]
             fitted = [ImageOps.fit(i.convert("RGB"), (self.size, self.size), Image.LANCZOS) for i in batch["image"]]
-            ids = self.prompts.tokenize(batch["caption"])
-        except Exception as error:  # whatever a broken image or caption raises
+        except Exception as error:  # whatever a broken image raises
             raise SystemExit(f"--data: one of the rows {rows.tolist()} cannot be used ({error}); --check_data counts such rows")
         pixels = torch.from_numpy(np.stack([np.asarray(i) for i in fitted])).permute(0, 3, 1, 2)  # [B, 3, H, W] uint8
-        posterior = self.vae.encode(pixels.to(self.prompts.device) / 127.5 - 1).latent_dist
-        return torch.stack([posterior.mean, posterior.std], dim=1), ids
+        moments = []
+        for part in pixels.split(16):  # the VAE's activations at full resolution are large
+            posterior = self.vae.encode(part.to(self.prompts.device) / 127.5 - 1).latent_dist
+            moments.append(torch.stack([posterior.mean, posterior.std], dim=1))
+        return torch.cat(moments), self._tokenize(rows, batch["caption"])
+
+    def _tokenize(self, rows: Tensor, captions: Sequence[str]) -> Tensor:
+        if not all(isinstance(caption, str) for caption in captions):
+            raise SystemExit(f"--data: one of the rows {rows.tolist()} has no caption; --check_data counts such rows")
+        return self.prompts.tokenize(captions)
 
     def sample(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         moments, ids = self._encode(rows) if self.cache is None else (m[rows.to(m.device)] for m in self.cache)
@@ -609,7 +619,7 @@ class LatentData:
         rows = self.rows(self.k - 1)
         if self.cache is not None:
             return self.cache[1][rows]
-        return self.prompts.tokenize(self.dataset.select_columns("caption")[rows.tolist()]["caption"])
+        return self._tokenize(rows, self.dataset.select_columns("caption")[rows.tolist()]["caption"])
 
 
 def support_of(threshold: str, data: LatentData) -> Support:
@@ -696,6 +706,13 @@ def check_shared_flags(args, priors: Sequence[str]) -> None:
         radius_is_positive = False
     if not radius_is_positive:
         raise SystemExit(f"--reflect {args.reflect}: must be measured, none or a positive radius")
+    if args.report_to:
+        from accelerate.tracking import get_available_trackers
+
+        trackers = [str(tracker) for tracker in get_available_trackers()]
+        if args.report_to not in trackers:
+            raise SystemExit(f"--report_to {args.report_to}: not installed, or unknown to accelerate; installed are "
+                             f"{', '.join(trackers) or 'none'}")  # fmt: skip
     for name in ("teacher", "data"):
         if getattr(args, name) is None:
             raise SystemExit(f"--{name}: the recipe {args.recipe} has no default; give a folder or a hub name")

@@ -70,7 +70,7 @@ RECIPES = {
 RUN_FLAGS = ("teacher", "output_dir", "log_every", "save_every", "report_to")
 GRAD_CLIP = 1.0  # [D18]
 LORA_GUIDANCE = 7.5  # [D12]: a LoRA has no input for w
-LORA_MODULES = [  # all of the UNet's linear and convolution layers but the first and the last, as LCM-LoRA
+LORA_MODULES = [  # LCM-LoRA's: attention, feed-forward and residual layers; neither conv_in, conv_out nor the time embedding
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
     "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 ]  # fmt: skip
@@ -82,7 +82,7 @@ def parse_args(argv=None):
     paper = p.add_argument_group("paper")
     paper.add_argument("--teacher", help="pipeline to distil: folder or hub name; it may take w already, as a PD run's stages/gc")
     paper.add_argument("--data", help="images with captions: folder (parquet, imagefolder, webdataset) or hub name")
-    paper.add_argument("--teacher_steps", type=int, help="steps of the solver grid, a divisor of 1000 (LCM: 50)")
+    paper.add_argument("--teacher_steps", type=int, help="steps of the solver grid, a divisor of 1000, at most 500 (LCM: 50)")
     paper.add_argument("--student_steps", type=int, help="steps of the sample grids; the student takes any number (sec. 5: 4)")
     paper.add_argument("--rollout_steps", type=int, nargs="+", help="n of the student's rollouts is one of these (sec. 5: 3 4 5)")
     paper.add_argument("--p_forward", type=float, nargs="+", help="share of forward diffusion, a list for equal parts of the run (.75 .5 [D12]); 1 = plain LCM")
@@ -90,7 +90,7 @@ def parse_args(argv=None):
     paper.add_argument("--p_student", type=float, nargs="+", help="share of the student's trajectories (what the others leave)")
     paper.add_argument("--store_start", action="store_true", default=None, help="the pure noise at 999 may be drawn from a rollout too [D12]")
     paper.add_argument("--reflect", help="threshold for x estimates: measured | none | a radius (App. A; [D15])")
-    paper.add_argument("--guidance_range", type=float, nargs=2, help="w ~ U[lo, hi] in training (LCM: 6 16 [D12]); LoRA: fixed at 7.5")
+    paper.add_argument("--guidance_range", type=float, nargs=2, help="w ~ U[lo, hi] in training (LCM: 6 16 [D12]); for a LoRA one number twice (7.5 7.5)")
     paper.add_argument("--loss", choices=("huber", "l2"), help="distance of the two estimates (LCM: huber)")
     paper.add_argument("--huber_c", type=float, help="c of sqrt(d^2 + c^2) - c (LCM: 0.001)")
     paper.add_argument("--ema_decay", type=float, help="of the target network; 0: the student itself, and no copy (LCM: .95)")
@@ -116,10 +116,11 @@ def parse_args(argv=None):
     run.add_argument("--save_every", type=int, help="updates between checkpoints and sample grids")
     run.add_argument("--report_to", help="a tracker that accelerate knows (tensorboard, wandb, ...); default none")
     args = p.parse_args(argv)
-    given_w = args.guidance_range
+    given = copy.copy(args)
     args = resolve(args, RECIPES, RUN_FLAGS)
-    if args.lora_rank and not args.resume:
-        args.guidance_range = tuple(given_w or (LORA_GUIDANCE, LORA_GUIDANCE))
+    if args.lora_rank and not args.resume:  # no input for w, and no moving average: the target is the student itself
+        args.guidance_range = tuple(given.guidance_range or (LORA_GUIDANCE, LORA_GUIDANCE))
+        args.ema_decay, args.eval_guidance_scale = given.ema_decay or 0.0, args.guidance_range[0]
     check_args(args)
     return args
 
@@ -127,18 +128,17 @@ def parse_args(argv=None):
 def check_args(args) -> None:
     """One clear message for what cannot work, before anything is loaded or written."""
     n = args.teacher_steps
-    if n < 1 or 1000 % n:
-        raise SystemExit(f"--teacher_steps {n}: the solver's steps must divide 1000, e.g. 50")
+    if not 1 <= n <= 500 or 1000 % n:
+        raise SystemExit(f"--teacher_steps {n}: the solver's steps must divide 1000 and be at most 500, e.g. 50")
     least = 1 if args.store_start else 2
     for name, values, low in (("student_steps", [args.student_steps], 1), ("rollout_steps", args.rollout_steps, least)):
         off = [value for value in values if not low <= value <= n]
         if off:
             raise SystemExit(f"--{name} {off[0]}: the sampler's timesteps would leave the solver grid; give {low} to {n} steps")
-    args.p_student = args.p_student or [1 - f - t for f, t in zip(*equal_length(args.p_forward, args.p_teacher))]
-    check_shared_flags(args, priors=("p_forward", "p_teacher", "p_student"))
-    for part in zip(*equal_length(args.p_forward, args.p_teacher, args.p_student)):
-        if abs(sum(part) - 1) > 1e-6:
-            raise SystemExit(f"--p_forward, --p_teacher, --p_student {part}: must sum to 1 in each part")
+    check_shared_flags(args, priors=("p_forward", "p_teacher", *["p_student"] * (args.p_student is not None)))
+    for part in zip(*priors_of(args).values()):
+        if min(part) < 0 or abs(sum(part) - 1) > 1e-6:
+            raise SystemExit(f"--p_forward, --p_teacher, --p_student {part}: must be >= 0 and sum to 1 in each part")
     for name in ("learning_rate", "huber_c"):
         if not 0 < getattr(args, name) < float("inf"):
             raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0 and finite")
@@ -153,14 +153,19 @@ def check_args(args) -> None:
     if args.lora_rank and args.guidance_range[0] != args.guidance_range[1]:
         raise SystemExit(f"--guidance_range {args.guidance_range}: a LoRA has no input for w; give one number twice, or leave it "
                          f"at {LORA_GUIDANCE}")  # fmt: skip
+    if args.lora_rank and args.ema_decay:
+        raise SystemExit(f"--ema_decay {args.ema_decay}: a LoRA's target is the student itself; leave the flag out")
 
 
-def equal_length(*priors) -> list[list[float]]:
-    """Lists of one value for each part; a single value holds for all parts."""
-    parts = max(map(len, priors))
-    if any(len(values) not in (1, parts) for values in priors):
-        raise SystemExit(f"--p_forward, --p_teacher, --p_student {[list(v) for v in priors]}: give one value, or one for each part")
-    return [[*values] * (parts // len(values)) for values in priors]
+def priors_of(args) -> dict[str, list[float]]:
+    """Share of each source in each part of the run: a single value holds for all parts; the student gets the rest."""
+    given = dict(forward=args.p_forward, teacher=args.p_teacher, student=args.p_student)
+    parts = max(len(values or ()) for values in given.values())
+    if any(values and len(values) not in (1, parts) for values in given.values()):
+        raise SystemExit(f"--p_forward, --p_teacher, --p_student {given}: give one value, or one for each part")
+    priors = {source: [*values] * (parts // len(values)) for source, values in given.items() if values}
+    rest = [round(1 - f - t, 9) for f, t in zip(priors["forward"], priors["teacher"])]
+    return priors | {"student": priors.get("student", rest)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,7 +175,7 @@ def equal_length(*priors) -> list[list[float]]:
 
 def sampler_timesteps(n: int, solver_grid: list[int]) -> list[int]:
     """LCMScheduler's n timesteps, n points of the solver grid: 4 of 50 -> [999, 759, 499, 259]."""
-    return [solver_grid[i * len(solver_grid) // n] for i in range(n)]
+    return [solver_grid[int(i * (len(solver_grid) / n))] for i in range(n)]  # in floating point, as NumPy's linspace
 
 
 def distance(a: Tensor, b: Tensor, loss: str, c: float) -> Tensor:
@@ -207,14 +212,14 @@ def sampler_of(pipe, teacher_steps: int):
 
 
 def check_sampler(pipe, args, solver_grid: list[int]) -> None:
-    """Stock diffusers' timesteps must be ours, and all of them points of the solver grid."""
+    """Every timestep of the stock sampler must be a point of the solver grid, or nothing was learned there."""
     for n in {args.student_steps, *args.rollout_steps}:
         sampler = sampler_of(pipe, args.teacher_steps)
         sampler.set_timesteps(n)
-        timesteps, off = sampler.timesteps.tolist(), set(sampler.timesteps.tolist()) - set(solver_grid)
-        if off or timesteps != sampler_timesteps(n, solver_grid):
-            raise SystemExit(f"--teacher_steps {args.teacher_steps}: LCMScheduler's {n} timesteps {timesteps} are not on the "
-                             f"solver grid: {sorted(off)}")  # fmt: skip
+        off = sorted(set(sampler.timesteps.tolist()) - set(solver_grid))
+        if off:
+            raise SystemExit(f"--teacher_steps {args.teacher_steps}: LCMScheduler's timesteps {off} of {n} steps are not on the solver "
+                             "grid")  # fmt: skip
 
 
 def add_lora(unet, rank: int):
@@ -256,7 +261,7 @@ def describe(args, pipe, n_images: int, world_size: int) -> str:
     if args.lora_rank:
         trained = sum(p.numel() for p in add_lora(pipe.unet, args.lora_rank).parameters() if p.requires_grad)
     others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
-    copies = 1 + (args.ema_decay > 0 and not args.lora_rank)  # teacher (a LoRA's: under the student), target
+    copies = 1 + (args.ema_decay > 0)  # teacher (a LoRA's: under the student), target
     gib = (16 * trained + (4 * trained if world_size > 1 else 0) + 4 * copies * unet + 4 * others) / 2**30
     accumulation = args.global_batch_size // (args.batch_size * world_size)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
@@ -416,7 +421,7 @@ def part_of(update: int, updates: int, parts: int) -> int:
 def train(run: Run, nets: Networks, prior: SamplingPrior, trained, optimizer) -> bool:
     """All updates, with logs, checkpoints and sample grids; False if the run is asked to stop."""
     args, accelerator, progress = run.args, run.accelerator, run.progress
-    updates, folder, parts = updates_of(args), Path(args.output_dir) / "checkpoints", len(args.p_forward)
+    updates, folder, parts = updates_of(args), Path(args.output_dir) / "checkpoints", len(priors_of(args)["forward"])
     bar = tqdm(total=updates, initial=progress["total"], desc="lcm", disable=not accelerator.is_main_process,
                dynamic_ncols=True)  # fmt: skip
     with bar:
@@ -430,8 +435,8 @@ def train(run: Run, nets: Networks, prior: SamplingPrior, trained, optimizer) ->
                 update_student(run, source, nets, trained, optimizer)
             except FloatingPointError as error:
                 bar.close()
-                raise SystemExit(f"update {update + 1}: {error}; stopped. The last good checkpoint is "
-                                 f"{last_checkpoint(folder)}; a lower --learning_rate may help")  # fmt: skip
+                raise SystemExit(f"update {update + 1}: {error}; stopped. The last good checkpoint: "
+                                 f"{last_checkpoint(folder) or 'none yet'}; a lower --learning_rate may help")  # fmt: skip
             progress["total"] = update + 1
             bar.update()
             if progress["total"] % args.log_every == 0 or update + 1 == updates:
@@ -444,10 +449,11 @@ def train(run: Run, nets: Networks, prior: SamplingPrior, trained, optimizer) ->
                 accelerator.log(means, step=progress["total"])
                 if accelerator.is_main_process:
                     tqdm.write(f"part {part + 1}: {update + 1}/{updates} loss {means['loss']:.4f} lr {lr:.1e}")
-                    moved = means["moved_by_reflect"]
-                    if update + 1 == updates and run.support and not 0 < moved <= 0.2:
-                        tqdm.write(f"warning: --reflect {args.reflect} moved {moved:.1%} of the teacher's x estimates: "
-                                   + ("it does nothing" if moved == 0 else "it distorts; take a wider range"))  # fmt: skip
+                    moved = means["moved_by_reflect"], means.get("moved_in_target", 0.0)
+                    if update + 1 == updates and run.support and not 0 < max(moved) <= 0.2:
+                        tqdm.write("warning: --reflect {} moved {:.1%} of the teacher's x estimates and {:.1%} of the target's: "
+                                   .format(args.reflect, *moved)
+                                   + ("it does nothing" if max(moved) == 0 else "it distorts; take a wider range"))  # fmt: skip
             stop, due = run.stop.agreed(accelerator), progress["total"] % args.save_every == 0 or update + 1 == updates
             if stop or due:
                 save(run, student=trained, optimizer=optimizer, **({} if nets.ema is None else {"target": nets.ema}))
@@ -485,8 +491,8 @@ def grid_cond(run: Run) -> tuple[Tensor, dict]:
     """Noise and cond of the sample grids: eight held-out prompts, one w."""
     n, device = min(8, len(run.held_out)), run.accelerator.device
     captions = [run.held_out[i * len(run.held_out) // n] for i in range(n)]
-    w = run.args.guidance_range[0] if run.args.lora_rank else run.args.eval_guidance_scale
-    cond = run.prompts.encode(run.prompts.tokenize(captions)) | {"w": torch.full((n,), w, device=device)}
+    w = torch.full((n,), run.args.eval_guidance_scale, device=device)
+    cond = run.prompts.encode(run.prompts.tokenize(captions)) | {"w": w}
     return noise_of(range(n), latent_shape(run.pipe), seed=1).to(device), cond
 
 
@@ -519,7 +525,7 @@ def prepare(run: Run, unet, prediction_type: str, checkpoint: Path | None):
     guided = frozen if has_w else with_guidance(frozen, run.null)
 
     optimizer = torch.optim.AdamW([p for p in student_unet.parameters() if p.requires_grad])  # lr is set at each update
-    ema = copy.deepcopy(student_unet).requires_grad_(False) if args.ema_decay and not args.lora_rank else None
+    ema = copy.deepcopy(student_unet).requires_grad_(False) if args.ema_decay else None
     if checkpoint:
         student_unet.load_state_dict(load_state(checkpoint / "student.pt"))
         optimizer.load_state_dict(load_state(checkpoint / "optimizer.pt"))
@@ -628,13 +634,16 @@ def main(argv=None) -> None:
     nets, trained, optimizer = prepare(run, run.pipe.unet, run.pipe.scheduler.config.prediction_type, checkpoint)
     if not checkpoint:
         save_samples(run, nets)
-    priors = dict(zip(("forward", "teacher", "student"), equal_length(args.p_forward, args.p_teacher, args.p_student)))
-    if not train(run, nets, SamplingPrior(run.shared, **priors), trained, optimizer):  # DDIL: Alg. 1 lines 2-5
+    prior = SamplingPrior(run.shared, **priors_of(args))  # DDIL: Alg. 1 lines 2-5
+    if not train(run, nets, prior, trained, optimizer):
+        accelerator.end_training()
         return
     if accelerator.is_main_process:
         save_student(run, trained)
     w = "1.0" if args.lora_rank else "{} to {}".format(*args.guidance_range)
     accelerator.print(f"done: {out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {w}")
+    if args.lora_rank:
+        accelerator.print(f"{out / 'lora'} is for an LCMScheduler with original_inference_steps={args.teacher_steps}")
     accelerator.end_training()
 
 

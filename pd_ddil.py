@@ -463,7 +463,7 @@ def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: Samplin
             except FloatingPointError as error:
                 bar.close()
                 raise SystemExit(f"phase {phase.name}, part {part + 1}, update {update + 1}: {error}; stopped. The last good "
-                                 f"checkpoint is {last_checkpoint(folder)}; a lower --learning_rate may help")  # fmt: skip
+                                 f"checkpoint: {last_checkpoint(folder) or 'none yet'}; a lower --learning_rate may help")  # fmt: skip
             progress |= {"update": update + 1, "total": progress["total"] + 1}
             bar.update()
             if progress["total"] % args.log_every == 0 or update + 1 == updates:
@@ -678,6 +678,7 @@ def main(argv=None) -> None:
     for index in range(run.progress["phase"], len(phases)):  # Alg. 3 line 1
         unet = train_phase(run, phases[index], folders[index], gc, checkpoint)
         if unet is None:
+            accelerator.end_training()
             return
         checkpoint = None
         if accelerator.is_main_process:

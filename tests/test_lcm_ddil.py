@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, W_RANGE, run_here, run_script, save_teacher, signals_kept
+from datasets import Dataset, load_dataset
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from test_common import MEAN, SD64, SHAPE, STD, Counted, box, gaussian_model, max_error, nonlinear_model, randn, seeded
@@ -19,7 +20,7 @@ from test_common import MEAN, SD64, SHAPE, STD, Counted, box, gaussian_model, ma
 import lcm_ddil
 from common import (
     CLEAN, LatentData, PromptEncoder, UNetModel, add_noise, consistency_function, consistency_rollout, ddim_step,
-    last_checkpoint, load_images, load_pipeline, load_schedule, rotation, seed_of, teacher_rollout, timestep_grid,
+    last_checkpoint, load_images, load_pipeline, load_schedule, load_state, rotation, seed_of, teacher_rollout, timestep_grid,
     with_guidance,
 )  # fmt: skip
 from lcm_ddil import consistency_step, draw_stop, parse_args, part_of, sampler_timesteps
@@ -131,12 +132,21 @@ def test_only_the_student_gets_a_gradient():
 # --- grids and priors ---
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 16, 50])
-def test_sampler_s_timesteps_are_stock_diffusers_and_on_the_solver_grid(n):
-    sampler = LCMScheduler(original_inference_steps=50)
-    sampler.set_timesteps(n)
-    assert sampler_timesteps(n, GRID) == sampler.timesteps.tolist()
-    assert set(sampler_timesteps(n, GRID)) <= set(GRID)
+@pytest.mark.parametrize("teacher_steps", [20, 25, 40, 50, 100, 250])
+def test_sampler_s_timesteps_are_stock_diffusers_and_on_the_solver_grid(teacher_steps):
+    grid = timestep_grid(teacher_steps, "trailing")
+    for n in range(1, teacher_steps + 1):
+        sampler = LCMScheduler(original_inference_steps=teacher_steps)
+        sampler.set_timesteps(n)
+        assert sampler_timesteps(n, grid) == sampler.timesteps.tolist()
+        assert set(sampler_timesteps(n, grid)) <= set(grid)
+
+
+def test_timesteps_off_the_solver_grid_are_named(teacher_folder):
+    pipe, args = load_pipeline(str(teacher_folder)), parse_args([])
+    lcm_ddil.check_sampler(pipe, args, GRID)
+    with pytest.raises(SystemExit, match=r"\[259\] of 4 steps are not on the solver grid"):
+        lcm_ddil.check_sampler(pipe, args, [t for t in GRID if t != 259])
 
 
 def test_paper_s_timesteps():
@@ -150,9 +160,13 @@ def test_equal_parts():
 
 
 def test_priors_of_the_flags():
-    assert parse_args([]).p_student == [0.25, 0.5]  # what the others leave [D12]
-    assert parse_args(["--p_forward", "1"]).p_student == [0.0]
-    assert parse_args(["--p_forward", ".5", "--p_teacher", "0", ".5"]).p_student == [0.5, 0.0]
+    """The student gets what the others leave [D12]; a single value holds for all parts."""
+    priors = lambda *flags: {k: v for k, v in lcm_ddil.priors_of(parse_args([*flags])).items()}  # noqa: E731
+    assert priors() == dict(forward=[0.75, 0.5], teacher=[0.0, 0.0], student=[0.25, 0.5])
+    assert priors("--p_forward", "1") == dict(forward=[1.0], teacher=[0.0], student=[0.0])
+    assert priors("--p_forward", ".5", "--p_teacher", "0", ".5")["student"] == [0.5, 0.0]
+    assert priors("--p_forward", ".8", "--p_teacher", ".2")["student"] == [0.0]  # not -5e-17
+    assert priors("--p_forward", "0", "--p_student", "1", ".5", "--p_teacher", "0", ".5")["forward"] == [0.0, 0.0]
 
 
 def test_recipes_hold_the_paper_s_numbers():
@@ -270,8 +284,10 @@ def test_no_copy_without_moving_average(make_run):
     assert {id(model.unet) for model in nets.counted} == {id(run.pipe.unet), id(trained)}
 
 
-def test_target_is_the_moving_average(make_run):
-    run, nets, trained, optimizer = make_run("--ema_decay", "0.9")
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_target_is_the_moving_average(make_run, batch_size):
+    """One step of it for each update, however many mini-batches that is made of."""
+    run, nets, trained, optimizer = make_run("--ema_decay", "0.9", "--batch_size", str(batch_size))
     expected = [p.detach().clone() for p in trained.parameters()]
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
@@ -282,21 +298,22 @@ def test_target_is_the_moving_average(make_run):
     assert max(max_error(a, b) for a, b in zip(trained.parameters(), expected)) > 1e-3
 
 
-def test_forwards_are_counted(make_run):
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_forwards_are_counted(make_run, batch_size):
     """For each of B samples: guided teacher 2, target 1 (0 at the last grid point), student 1 + 2, rollout j."""
-    run, nets, trained, optimizer = make_run()
+    run, nets, trained, optimizer = make_run("--batch_size", str(batch_size))
     for source in ("forward", "student", "teacher"):
         before = run.progress["forwards"]
         state = run.shared.get_state()
         lcm_ddil.update_student(run, source, nets, trained, optimizer)
         spent = run.progress["forwards"] - before
         run.shared.set_state(state)
-        timesteps = draw_stop(run)
-        extra = dict(forward=0, student=len(timesteps) - 1, teacher=2 * GRID.index(timesteps[-1]))[source]
         if source == "forward":
             assert 5 * 4 <= spent <= 6 * 4
-        else:
-            assert spent == (6 + extra) * 4
+            continue
+        stops = [draw_stop(run) for _ in range(4 // batch_size)]
+        extra = [len(stop) - 1 if source == "student" else 2 * GRID.index(stop[-1]) for stop in stops]
+        assert spent == sum(6 + e for e in extra) * batch_size
 
 
 def plain_lcm(student, target, teacher, data, prompts, schedule, noise, updates, lr, decay, lo, hi):
@@ -411,8 +428,10 @@ def test_lora_in_stock_diffusers(finished_lora, teacher_folder):
 def test_lora_s_guidance_is_fixed():
     args = parse_args(["--lora_rank", "4"])
     assert tuple(args.guidance_range) == (7.5, 7.5)
-    with pytest.raises(SystemExit, match="--guidance_range"):
-        parse_args(["--lora_rank", "4", "--guidance_range", "2", "5"])
+    assert (args.ema_decay, args.eval_guidance_scale) == (0.0, 7.5)
+    for flags in (["--guidance_range", "2", "5"], ["--ema_decay", ".5"]):
+        with pytest.raises(SystemExit, match=flags[0]):
+            parse_args(["--lora_rank", "4", *flags])
 
 
 def assert_same_run(folder, reference) -> None:
@@ -454,12 +473,46 @@ def test_stopped_lora_resumes_as_if_unbroken(finished_lora, tmp_path, teacher_fo
 
 @pytest.mark.parametrize("flags", [[], LORA])
 def test_lcm_on_two_processes(tmp_path, teacher_folder, data_folder, flags):
+    """Ranks share the source and the stop, have noise of their own, and end with equal weights; and it can be resumed."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = command(tmp_path / "run", teacher_folder, data_folder, *FLAGS, *flags)
-    process = run_script(*flags, script="lcm_ddil.py", launcher=launcher)
+    process = run_script(tmp_path, *flags, script="tests/record_lcm.py", launcher=launcher)
     assert process.returncode == 0, process.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
-    assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "run" / "pipeline").values())
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["world_size"] == second["world_size"] == 2
+    for name in ("student", "target"):
+        assert len(first[name]) == len(second[name]) > 0
+        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name])), name
+    assert len(first["z_t"]) == len(second["z_t"]) == 8
+    for a, b, t, u in zip(first["z_t"], second["z_t"], first["t"], second["t"]):
+        assert a.shape == b.shape and not torch.isclose(a, b).flatten(1).all(dim=1).any()
+        assert len(set(t.tolist())) > 1 or torch.equal(t, u)  # a rollout stops at the same point on both
+    ours, theirs = (load_state(last_checkpoint(tmp_path / "run" / "checkpoints") / f"rank-{rank}.pt") for rank in range(2))
+    assert torch.equal(ours["shared"], theirs["shared"]) and not torch.equal(ours["noise"], theirs["noise"])
+
+
+@pytest.mark.parametrize("lora", [[], LORA])
+def test_gradient_checkpointing_changes_no_lcm(tmp_path, teacher_folder, data_folder, lora):
+    flags = teacher_folder, data_folder, "--updates", 3, *FLAGS, *lora
+    lcm_here(*command(tmp_path / "a", *flags))
+    lcm_here(*command(tmp_path / "b", *flags, "--gradient_checkpointing"))
+    a, b = (weights_of(tmp_path / run / "pipeline") for run in "ab")
+    assert max(max_error(a[name], b[name]) for name in a) < 1e-6
+
+
+@pytest.mark.parametrize("flags", [["--ema_decay", 0], ["--prompt_dropout", 0.5], ["--teacher_steps", 25], ["--loss", "l2"]])
+def test_other_settings_train(tmp_path, teacher_folder, data_folder, flags):
+    lcm_here(*command(tmp_path / "run", teacher_folder, data_folder, "--updates", 2, *FLAGS, *flags))
+    before, after = weights_of(teacher_folder), weights_of(tmp_path / "run" / "pipeline")
+    assert max(max_error(after[name], before[name]) for name in before) > 1e-4
+
+
+def test_lora_of_sdxl_s_shape(tmp_path, xl_folder, data_folder):
+    lcm_here(*command(tmp_path / "run", xl_folder, data_folder, "--updates", 2, *LORA))
+    stock = DiffusionPipeline.from_pretrained(xl_folder)
+    stock.load_lora_weights(tmp_path / "run" / "lora")
+    assert stock.get_active_adapters()
 
 
 def test_lcm_of_sdxl_s_shape(tmp_path, xl_folder, data_folder):
@@ -480,12 +533,13 @@ def test_lcm_from_a_teacher_that_takes_w(tmp_path, gc_folder, data_folder):
 
 
 @pytest.mark.parametrize("flags", [
-    "--teacher_steps 32", "--teacher_steps 0", "--student_steps 51", "--student_steps 0", "--rollout_steps 3 60",
+    "--teacher_steps 32", "--teacher_steps 0", "--teacher_steps 1000", "--p_forward .8 --p_teacher .5", "--student_steps 51", "--student_steps 0", "--rollout_steps 3 60",
     "--rollout_steps 1", "--p_forward 1.5", "--p_forward -0.5", "--p_forward nan", "--p_forward .5 .6 .7 --p_teacher .1 .2",
     "--p_forward .5 --p_student .2", "--lora_rank -1", "--learning_rate 0", "--learning_rate nan", "--huber_c 0",
     "--ema_decay 1", "--ema_decay -.1", "--prompt_dropout 2", "--global_batch_size 5 --batch_size 2", "--batch_size 0",
     "--reflect 0", "--reflect sometimes", "--recipe sd21", "--recipe sd15", "--updates 0", "--data no/such/folder",
     "--teacher no/such/folder", "--guidance_range 6 2", "--lora_rank 2 --guidance_range 1 2", "--warmup -1",
+    "--report_to nonsense",
 ])  # fmt: skip
 def test_bad_lcm_flag_is_named(flags, tmp_path, teacher_folder, data_folder):
     base = ["--data", data_folder] if "sd15" in flags else ["--teacher", teacher_folder, "--data", data_folder]
@@ -512,6 +566,31 @@ def test_lcm_s_loss_must_be_finite(tmp_path, data_folder):
     teacher = save_teacher(tmp_path / "teacher")
     with pytest.raises(SystemExit, match=r"update [2345678]: the .* is (nan|inf)"):
         lcm_here(*command(tmp_path / "run", teacher, data_folder, "--learning_rate", 1e30))
+
+
+@pytest.mark.parametrize("captions", [["a", None], []])
+def test_held_out_captions_are_checked_before_a_run_is_deleted(captions, tmp_path, teacher_folder, data_folder):
+    data, rows = tmp_path / "data", Dataset.from_dict({"image": [None] * len(captions), "caption": captions})
+    data.mkdir()
+    load_dataset(str(data_folder))["train"].to_parquet(data / "train.parquet")
+    rows.cast(load_dataset(str(data_folder))["train"].features).to_parquet(data / "test.parquet")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="--data .* test"):
+        lcm_here(*command(tmp_path / "run", teacher_folder, data, "--overwrite"))
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_caption_that_is_missing_in_mid_run_is_named(tmp_path, teacher_folder, data_folder):
+    """On a rollout, which reads captions alone."""
+    data, rows = tmp_path / "data", load_dataset(str(data_folder))["train"]
+    data.mkdir()
+    rows = rows.map(lambda row, i: {"caption": None if i == 7 else row["caption"]}, with_indices=True, features=rows.features)
+    rows.to_parquet(data / "train.parquet")
+    load_dataset(str(data_folder))["test"].to_parquet(data / "test.parquet")
+    flags = "--p_forward", 0, "--updates", 20, "--reflect", "none", "--no-cache_latents"
+    with pytest.raises(SystemExit, match="--data: one of the rows .*7.* has no caption"):
+        lcm_here(*command(tmp_path / "run", teacher_folder, data, *flags))
 
 
 @pytest.mark.parametrize("flag", ["--dry_run", "--check_data"])
