@@ -54,7 +54,7 @@ RECIPES = {
         teacher="assets/tiny/pipeline", data="assets/tiny/data", output_dir="runs/pd_ddil-tiny", **PAPER_PRIORS,
         updates={"v": [250], "gc": [400], "16": [150], "8": [200, 100], "4": [250, 150], "2": [250, 150], "1": [250, 150]},
         guidance_range=(1.5, 6.0), global_batch_size=32, batch_size=None, learning_rate=(5e-4, 1e-4), warmup=20,
-        buffer_size=1024, eval_prompts=256, eval_guidance_scale=4.0, gradient_checkpointing=False, cache_latents=True,
+        buffer_size=1024, eval_prompts=128, eval_guidance_scale=4.0, gradient_checkpointing=False, cache_latents=True,
         log_every=20, save_every=100,
     ),
     "sd15": dict(
