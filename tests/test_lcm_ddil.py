@@ -576,7 +576,7 @@ def test_held_out_captions_are_checked_before_a_run_is_deleted(captions, tmp_pat
     rows.cast(load_dataset(str(data_folder))["train"].features).to_parquet(data / "test.parquet")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    with pytest.raises(SystemExit, match="--data .* test"):
+    with pytest.raises(SystemExit, match="--data .*test"):
         lcm_here(*command(tmp_path / "run", teacher_folder, data, "--overwrite"))
     assert (tmp_path / "run" / "config.json").exists()
 
