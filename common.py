@@ -337,7 +337,8 @@ W_EMBEDDING_DIM = 256  # what diffusers' pipelines expect
 
 def with_w_embedding(unet):
     """A copy with the guidance embedding; its projection starts at zero, so the output is the same at first [D11]."""
-    student = type(unet).from_config({**unet.config, "time_cond_proj_dim": W_EMBEDDING_DIM})
+    config = {name: value for name, value in unet.config.items() if name != "_use_default_values"}  # it would undo the change
+    student = type(unet).from_config(config | {"time_cond_proj_dim": W_EMBEDDING_DIM})
     missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
     torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)

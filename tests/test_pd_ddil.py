@@ -1,6 +1,8 @@
 """pd_ddil.py: the steps of the algorithm against closed forms, and whole stages against a short independent loop."""
 
 import copy
+import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -219,6 +221,18 @@ def test_w_embedding_changes_nothing_at_first(teacher_folder):
 
 
 # --- D_DAgger in a run ---
+
+
+def test_w_embedding_of_a_unet_whose_config_does_not_know_it(teacher_folder, tmp_path):
+    """Old config files, as Stable Diffusion 1.5's, have no time_cond_proj_dim; diffusers then keeps it at its default."""
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
+    file = tmp_path / "teacher" / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    del config["time_cond_proj_dim"]
+    file.write_text(json.dumps(config))
+    unet = load_pipeline(str(tmp_path / "teacher")).unet
+    assert unet.config.time_cond_proj_dim is None
+    assert with_w_embedding(unet).config.time_cond_proj_dim == 256
 
 
 @pytest.fixture
