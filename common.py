@@ -869,6 +869,35 @@ class Metrics:
                 writer.writerows(rows)
 
 
+def noting(model: Model, schedule: NoiseSchedule, support: Support, metrics: Metrics, column: str) -> Model:
+    """The model, and in the metrics the share of its x estimate that `reflect` moves."""
+
+    def noted(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        v = model(z_t, t, cond)
+        metrics.add(column, moved_fraction(x_from_v(schedule, z_t, v, t), support))
+        return v
+
+    return noted
+
+
+def rank_state(run) -> dict:
+    """This rank's own part of a checkpoint: generators, place in the data, metrics, support, fp16's scaler."""
+    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
+    return dict(noise=run.noise.get_state(), shared=run.shared.get_state(), k=run.data.k, metrics=run.metrics.totals,
+                support=run.support, scaler=scaler)  # fmt: skip
+
+
+def restore_rank(run, mine: dict) -> None:
+    """The reverse of rank_state."""
+    device = run.accelerator.device
+    run.noise.set_state(mine["noise"])
+    run.shared.set_state(mine["shared"])
+    run.metrics.totals, run.data.k = mine["metrics"].to(device), mine["k"]
+    run.support = mine["support"] and tuple(bound.to(device) for bound in mine["support"])
+    if run.accelerator.scaler:
+        run.accelerator.scaler.load_state_dict(mine["scaler"])
+
+
 def seed_of(*names) -> int:
     """A seed for each thing that is random, from the run's and its name: 32 bits, all that torch's CPU generator reads."""
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "big")

@@ -41,9 +41,9 @@ from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
     accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, consistency_function, consistency_rollout,
     create_output_dir, ddim_step, drop_prompts, fingerprint, forward_states, last_checkpoint, latent_shape, learning_rate,
-    load_images, load_pipeline, load_schedule, load_state, moved_fraction, noise_of, refuse_changes, replace_folder, resolve,
-    save_checkpoint, save_grid, save_pipeline, seed_of, select, start_accelerator, student_rollout, support_of, teacher_rollout,
-    text_encoders, timestep_grid, with_guidance, with_w_embedding, x_from_v,
+    load_images, load_pipeline, load_schedule, load_state, noise_of, noting, rank_state, refuse_changes, replace_folder, resolve,
+    restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, select, start_accelerator, student_rollout, support_of, teacher_rollout,
+    text_encoders, timestep_grid, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -241,17 +241,6 @@ def without_lora(model: Model, unet) -> Model:
             unet.enable_adapters()
 
     return frozen
-
-
-def noting(run, model: Model, column: str) -> Model:
-    """The model, and in metrics.csv the share of its x estimate that `reflect` moves."""
-
-    def noted(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
-        v = model(z_t, t, cond)
-        run.metrics.add(column, moved_fraction(x_from_v(run.schedule, z_t, v, t), run.support))
-        return v
-
-    return noted
 
 
 def describe(args, pipe, n_images: int, world_size: int) -> str:
@@ -468,23 +457,14 @@ def train(run: Run, nets: Networks, prior: SamplingPrior, trained, optimizer) ->
 
 def save(run: Run, **trained) -> None:
     """A checkpoint of everything: --resume gives the weights that an unbroken run would have."""
-    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
-    mine = dict(noise=run.noise.get_state(), shared=run.shared.get_state(), k=run.data.k, metrics=run.metrics.totals,
-                support=run.support, scaler=scaler)  # fmt: skip
     folder = Path(run.args.output_dir) / "checkpoints"
-    save_checkpoint(run.accelerator, folder, run.progress["total"], run.progress, mine, **trained)
+    save_checkpoint(run.accelerator, folder, run.progress["total"], run.progress, rank_state(run), **trained)
 
 
 def restore(run: Run, checkpoint: Path) -> None:
     """Position and this rank's state; weights and optimiser are loaded by prepare."""
     run.progress.update(json.loads((checkpoint / "progress.json").read_text()))
-    mine, device = load_state(checkpoint / f"rank-{run.accelerator.process_index}.pt"), run.accelerator.device
-    run.noise.set_state(mine["noise"])
-    run.shared.set_state(mine["shared"])
-    run.metrics.totals, run.data.k = mine["metrics"].to(device), mine["k"]
-    run.support = mine["support"] and tuple(bound.to(device) for bound in mine["support"])
-    if run.accelerator.scaler:
-        run.accelerator.scaler.load_state_dict(mine["scaler"])
+    restore_rank(run, load_state(checkpoint / f"rank-{run.accelerator.process_index}.pt"))
 
 
 def grid_cond(run: Run) -> tuple[Tensor, dict]:
@@ -539,7 +519,8 @@ def prepare(run: Run, unet, prediction_type: str, checkpoint: Path | None):
     few = sampler_timesteps(args.student_steps, run.solver_grid)
     rows = {f"teacher, {len(grid)} steps": student_rollout(run.schedule, guided, z, [*grid, CLEAN], cond)[-1]
             for grid in (run.solver_grid, few)}  # fmt: skip
-    teacher, noted_target = noting(run, guided, "moved_by_reflect"), noting(run, target, "moved_in_target")
+    noted = run.schedule, run.support, run.metrics
+    teacher, noted_target = noting(guided, *noted, "moved_by_reflect"), noting(target, *noted, "moved_in_target")
     counted = [network, student, rolling] + [target] * (target is not rolling)
     return Networks(teacher, student, rolling, noted_target, ema, counted, rows), trained, optimizer
 

@@ -41,9 +41,9 @@ from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, TrajectoryBuffer,
     UNetModel, accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, create_output_dir, ddim_step,
     drop_prompts, fingerprint, forward_states, last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline, load_schedule,
-    load_state, mixed_rollout, moved_fraction, noise_of, reflect_v, refuse_changes, resolve, rotation, save_checkpoint,
+    load_state, mixed_rollout, noise_of, noting, rank_state, reflect_v, refuse_changes, resolve, restore_rank, rotation, save_checkpoint,
     save_grid, save_pipeline, seed_of, start_accelerator, student_rollout, support_of, text_encoders, timestep_grid,
-    with_guidance, with_w_embedding, x_from_v,
+    with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -494,9 +494,7 @@ def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: Samplin
 
 def save(run: Run, **trained) -> None:
     """A checkpoint of everything: --resume gives the weights that an unbroken run would have."""
-    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
-    mine = dict(noise=run.noise.get_state(), shared=run.shared.get_state(), buffer=run.buffer.state_dict(), k=run.data.k,
-                metrics=run.metrics.totals, support=run.support, scaler=scaler)  # fmt: skip
+    mine = rank_state(run) | {"buffer": run.buffer.state_dict()}
     folder = Path(run.args.output_dir) / "checkpoints"
     save_checkpoint(run.accelerator, folder, run.progress["total"], run.progress, mine, **trained)
 
@@ -504,14 +502,9 @@ def save(run: Run, **trained) -> None:
 def restore(run: Run, checkpoint: Path) -> None:
     """Position and this rank's state; weights and optimiser are loaded by the part that goes on."""
     run.progress.update(json.loads((checkpoint / "progress.json").read_text()))
-    mine, device = load_state(checkpoint / f"rank-{run.accelerator.process_index}.pt"), run.accelerator.device
-    run.noise.set_state(mine["noise"])
-    run.shared.set_state(mine["shared"])
-    run.buffer.load_state_dict(mine["buffer"], device)
-    run.metrics.totals, run.data.k = mine["metrics"].to(device), mine["k"]
-    run.support = mine["support"] and tuple(bound.to(device) for bound in mine["support"])
-    if run.accelerator.scaler:
-        run.accelerator.scaler.load_state_dict(mine["scaler"])
+    mine = load_state(checkpoint / f"rank-{run.accelerator.process_index}.pt")
+    restore_rank(run, mine)
+    run.buffer.load_state_dict(mine["buffer"], run.accelerator.device)
 
 
 def save_samples(run: Run, phase: Phase, nets: Networks) -> None:
@@ -535,13 +528,7 @@ def open_phase(run: Run, phase: Phase, source: Path) -> tuple[UNetModel, Model, 
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.accelerator.mixed_precision, torch.float32)
     network = UNetModel(pipe.unet.to(device, half), run.schedule, pipe.scheduler.config.prediction_type, autocast)
     guided = network if phase.name.isdigit() else with_guidance(network, run.null)
-
-    def teacher(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
-        """The frozen model, noting how much of its x estimate `reflect` moves."""
-        v = guided(z_t, t, cond)
-        run.metrics.add("moved_by_reflect", moved_fraction(x_from_v(run.schedule, z_t, v, t), run.support))
-        return v
-
+    teacher = noting(guided, run.schedule, run.support, run.metrics, "moved_by_reflect")
     return network, teacher, student_unet
 
 
