@@ -363,16 +363,19 @@ class UNetModel:
         self.config, self.dtype = getattr(unet, "module", unet).config, next(unet.parameters()).dtype
         self.forwards = 0  # samples evaluated so far
 
-    def __call__(self, z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
-        self.forwards += len(z_t)
+    def run(self, z_t: Tensor, t: Tensor, cond: dict, **more) -> Tensor:
+        """The network's own output in fp32; `more` is for networks that take more than a UNet does."""
         inputs = {"encoder_hidden_states": cond["prompt"].to(self.dtype)}
         if self.config.time_cond_proj_dim is not None:
             inputs["timestep_cond"] = guidance_embedding(cond["w"], self.config.time_cond_proj_dim).to(self.dtype)
         if "time_ids" in cond:
             inputs["added_cond_kwargs"] = {name: cond[name].to(self.dtype) for name in ("text_embeds", "time_ids")}
         with self.autocast():
-            output = self.unet(z_t.to(self.dtype), t, **inputs, return_dict=False)[0]
-        return v_from_prediction(self.schedule, z_t, output.float(), t, self.prediction_type)
+            return self.unet(z_t.to(self.dtype), t, **inputs, **more, return_dict=False)[0].float()
+
+    def __call__(self, z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        self.forwards += len(z_t)
+        return v_from_prediction(self.schedule, z_t, self.run(z_t, t, cond), t, self.prediction_type)
 
 
 def with_guidance(model: Model, null: dict) -> Model:
@@ -497,10 +500,11 @@ class PromptEncoder:
         return null
 
 
-def load_images(name: str, flag: str = "--data"):
+def load_images(name: str, flag: str = "--data", need_images: bool = True):
     """(training set, held-out captions): Hugging Face datasets with columns image and caption, from anything that
     `datasets.load_dataset` reads: a folder (parquet, imagefolder with metadata.jsonl, webdataset tars) or a hub name.
-    Held out are the captions of the test / validation split; without one, of the last 256 rows, then not trained on."""
+    Held out are the captions of the test / validation split; without one, of the last 256 rows, then not trained on.
+    Where no images are needed, a text file of prompts does too."""
     import datasets
 
     path = Path(name)
@@ -513,12 +517,12 @@ def load_images(name: str, flag: str = "--data"):
     train = splits["train"] if "train" in splits else next(iter(splits.values()))
     images = [c for c, f in train.features.items() if isinstance(f, datasets.Image)]
     captions = [c for c in ("caption", "text", "txt", "prompt") if c in train.features]
-    if not images or not captions:
-        missing = "images" if not images else "captions (a column caption, text, txt or prompt)"
+    if (need_images and not images) or not captions:
+        missing = "images" if need_images and not images else "captions (a column caption, text, txt or prompt)"
         raise SystemExit(f"{flag} {name}: has no {missing}; its columns are {list(train.features)}")
 
     def columns(split):
-        names = {images[0]: "image", captions[0]: "caption"}
+        names = dict(zip([*images[:1], captions[0]], ["image"] * bool(images) + ["caption"]))
         return split.select_columns(list(names)).rename_columns(names)
 
     held_out = next((splits[s] for s in ("test", "validation") if s in splits), None)
@@ -538,10 +542,11 @@ def check_images(dataset) -> Counter:
     import datasets
     from tqdm import tqdm
 
-    counts = Counter(usable=0)
-    for row in tqdm(dataset.cast_column("image", datasets.Image(decode=False)), desc="checking"):
+    counts, has_images = Counter(usable=0), "image" in dataset.column_names
+    for row in tqdm(dataset.cast_column("image", datasets.Image(decode=False)) if has_images else dataset, desc="checking"):
         try:
-            datasets.Image().decode_example(row["image"]).convert("RGB")
+            if has_images:
+                datasets.Image().decode_example(row["image"]).convert("RGB")
             counts["usable" if isinstance(row["caption"], str) and row["caption"].strip() else "no caption"] += 1
         except Exception as error:  # whatever a broken file raises is a reason to report, not to stop
             counts[f"unreadable image ({type(error).__name__})"] += 1
@@ -690,7 +695,7 @@ def check_shared_flags(args, priors: Sequence[str]) -> None:
     """SystemExit with one clear message for a value that cannot work, of the flags that all methods share."""
     for name in priors:
         values = getattr(args, name)
-        if not all(0 <= value <= 1 for value in values):
+        if not all(0 <= value <= 1 for value in values or ()):
             raise SystemExit(f"--{name} {values}: must lie in [0, 1]")
     if not 0 <= args.seed < 2**31:
         raise SystemExit(f"--seed {args.seed}: must be a whole number >= 0 and < 2^31")
@@ -699,7 +704,7 @@ def check_shared_flags(args, priors: Sequence[str]) -> None:
             raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0")
     if args.warmup < 0:
         raise SystemExit(f"--warmup {args.warmup}: must be >= 0")
-    if not 0 <= args.guidance_range[0] <= args.guidance_range[1] < float("inf"):
+    if "guidance_range" in args and not 0 <= args.guidance_range[0] <= args.guidance_range[1] < float("inf"):
         raise SystemExit(f"--guidance_range {args.guidance_range}: must be LO HI with 0 <= LO <= HI")
     try:
         radius_is_positive = args.reflect in ("measured", "none") or 0 < float(args.reflect) < float("inf")
@@ -717,6 +722,31 @@ def check_shared_flags(args, priors: Sequence[str]) -> None:
     for name in ("teacher", "data"):
         if getattr(args, name) is None:
             raise SystemExit(f"--{name}: the recipe {args.recipe} has no default; give a folder or a hub name")
+
+
+def priors_of(args) -> dict[str, list[float]]:
+    """--p_forward, --p_teacher, --p_student in each part of the run: one value holds for all parts; sources whose flag is
+    not given share equally what the others leave. SystemExit if a part does not sum to 1."""
+    given = {source: getattr(args, f"p_{source}") for source in ("forward", "teacher", "student")}
+    parts = max(len(values or ()) for values in given.values())
+    if any(values and len(values) not in (1, parts) for values in given.values()):
+        raise SystemExit(f"--p_forward, --p_teacher, --p_student {given}: give one value, or one for each part")
+    priors = {source: [*values] * (parts // len(values)) for source, values in given.items() if values}
+    rest, open_sources = [round(1 - sum(part), 9) for part in zip(*priors.values())], set(given) - set(priors)
+    priors = {source: priors.get(source) or [r / len(open_sources) for r in rest] for source in given}
+    for part in zip(*priors.values()):
+        if min(part) < 0 or abs(sum(part) - 1) > 1e-6:
+            raise SystemExit(f"--p_forward, --p_teacher, --p_student {part}: must be >= 0 and sum to 1 in each part")
+    return priors
+
+
+def updates_of(args) -> int:
+    return min(args.updates, args.max_updates or args.updates)
+
+
+def part_of(update: int, updates: int, parts: int) -> int:
+    """Which of the equal parts of the run an update belongs to; `update` counts from 0."""
+    return update * parts // updates
 
 
 def accumulation_of(args, world_size: int) -> int:
@@ -752,9 +782,9 @@ def check_output_dir(args) -> None:
         raise SystemExit(f"--output_dir {folder}: is a file; choose a folder")
     if args.resume or not folder.exists() or not any(folder.iterdir()):
         return
-    for flag in ("teacher", "data"):
-        source = Path(getattr(args, flag)).resolve()
-        if folder.resolve() in (source, *source.parents):
+    for flag in ("teacher", "data", "student_init", "fake_init"):
+        source = getattr(args, flag, None) and Path(getattr(args, flag)).resolve()
+        if source and folder.resolve() in (source, *source.parents):
             raise SystemExit(f"--output_dir {folder}: holds this run's own --{flag} {source}; choose another folder")
     if not args.overwrite:
         raise SystemExit(f"--output_dir {folder}: is not empty; --resume goes on with the run in it, --overwrite "

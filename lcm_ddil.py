@@ -18,7 +18,7 @@ paper                                            code
   LCM       guidance scale as an input             common.guidance_embedding, common.with_w_embedding
   sec. 4.1  reflected distillation [D15]           common.reflect in common.ddim_step, common.consistency_function
   sec. 5    n drawn from {3, 4, 5}                 draw_stop
-  sec. 5    priors, schedule [D12]                 RECIPES, part_of
+  sec. 5    priors, schedule [D12]                 RECIPES, common.part_of
 
 Plain LCM is --p_forward 1. What the paper adds to it: grep "# DDIL:" lcm_ddil.py common.py
 """
@@ -39,11 +39,12 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, consistency_function, consistency_rollout,
-    create_output_dir, ddim_step, drop_prompts, fingerprint, forward_states, last_checkpoint, latent_shape, learning_rate,
-    load_images, load_pipeline, load_schedule, load_state, noise_of, noting, rank_state, refuse_changes, replace_folder, resolve,
-    restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, select, start_accelerator, student_rollout, support_of, teacher_rollout,
-    text_encoders, timestep_grid, with_guidance, with_w_embedding,
+    accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, consistency_function,
+    consistency_rollout, create_output_dir, ddim_step, drop_prompts, fingerprint, forward_states, last_checkpoint,
+    latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, noise_of, noting, part_of,
+    priors_of, rank_state, refuse_changes, replace_folder, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline,
+    seed_of, select, start_accelerator, student_rollout, support_of, teacher_rollout, text_encoders, timestep_grid,
+    updates_of, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -135,10 +136,8 @@ def check_args(args) -> None:
         off = [value for value in values if not low <= value <= n]
         if off:
             raise SystemExit(f"--{name} {off[0]}: the sampler's timesteps would leave the solver grid; give {low} to {n} steps")
-    check_shared_flags(args, priors=("p_forward", "p_teacher", *["p_student"] * (args.p_student is not None)))
-    for part in zip(*priors_of(args).values()):
-        if min(part) < 0 or abs(sum(part) - 1) > 1e-6:
-            raise SystemExit(f"--p_forward, --p_teacher, --p_student {part}: must be >= 0 and sum to 1 in each part")
+    check_shared_flags(args, priors=("p_forward", "p_teacher", "p_student"))
+    priors_of(args)
     for name in ("learning_rate", "huber_c"):
         if not 0 < getattr(args, name) < float("inf"):
             raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0 and finite")
@@ -155,17 +154,6 @@ def check_args(args) -> None:
                          f"at {LORA_GUIDANCE}")  # fmt: skip
     if args.lora_rank and args.ema_decay:
         raise SystemExit(f"--ema_decay {args.ema_decay}: a LoRA's target is the student itself; leave the flag out")
-
-
-def priors_of(args) -> dict[str, list[float]]:
-    """Share of each source in each part of the run: a single value holds for all parts; the student gets the rest."""
-    given = dict(forward=args.p_forward, teacher=args.p_teacher, student=args.p_student)
-    parts = max(len(values or ()) for values in given.values())
-    if any(values and len(values) not in (1, parts) for values in given.values()):
-        raise SystemExit(f"--p_forward, --p_teacher, --p_student {given}: give one value, or one for each part")
-    priors = {source: [*values] * (parts // len(values)) for source, values in given.items() if values}
-    rest = [round(1 - f - t, 9) for f, t in zip(priors["forward"], priors["teacher"])]
-    return priors | {"student": priors.get("student", rest)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,15 +384,6 @@ def update_student(run: Run, source: str, nets: Networks, trained, optimizer) ->
     if nets.ema is not None:
         update_target(nets.ema, run.accelerator.unwrap_model(trained), run.args.ema_decay)
     run.progress["forwards"] += sum(model.forwards for model in nets.counted)
-
-
-def updates_of(args) -> int:
-    return min(args.updates, args.max_updates or args.updates)
-
-
-def part_of(update: int, updates: int, parts: int) -> int:
-    """Which of the equal parts of the run an update belongs to; `update` counts from 0."""
-    return update * parts // updates
 
 
 def train(run: Run, nets: Networks, prior: SamplingPrior, trained, optimizer) -> bool:

@@ -40,10 +40,10 @@ from tqdm import tqdm
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, TrajectoryBuffer,
     UNetModel, accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, create_output_dir, ddim_step,
-    drop_prompts, fingerprint, forward_states, last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline, load_schedule,
-    load_state, mixed_rollout, noise_of, noting, rank_state, reflect_v, refuse_changes, resolve, restore_rank, rotation, save_checkpoint,
-    save_grid, save_pipeline, seed_of, start_accelerator, student_rollout, support_of, text_encoders, timestep_grid,
-    with_guidance, with_w_embedding,
+    drop_prompts, fingerprint, forward_states, last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline,
+    load_schedule, load_state, mixed_rollout, noise_of, noting, rank_state, reflect_v, refuse_changes, resolve,
+    restore_rank, rotation, save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator, student_rollout,
+    support_of, text_encoders, timestep_grid, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.

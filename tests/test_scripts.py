@@ -609,7 +609,7 @@ def test_diverging_run_stops(tmp_path, gc_folder, data_folder):
 
 
 README = ROOT / "README.md"
-SCRIPTS = ["pd_ddil", "lcm_ddil"]
+SCRIPTS = ["pd_ddil", "lcm_ddil", "dmd2_ddil"]
 
 
 def readme_command(word: str) -> str:
@@ -695,6 +695,7 @@ def test_readings_cited_in_code_are_listed():
 
 @pytest.mark.parametrize("script, seams", [
     ("pd_ddil", ["SamplingPrior(", "reflect", "dagger_batch("]), ("lcm_ddil", ["SamplingPrior(", "student_batch"]),
+    ("dmd2_ddil", ["SamplingPrior(", "reflect"]),
 ])  # fmt: skip
 def test_seams_are_marked(script, seams):
     """grep "# DDIL:" shows what the paper adds to plain distillation."""
