@@ -18,6 +18,7 @@ import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Callable, Sequence
@@ -643,15 +644,15 @@ def support_of(threshold: str, data: LatentData) -> Support:
 # --- runs: processes, arguments, folders, checkpoints ---
 
 
-def learning_rate(update: int, updates: int, warmup: int, peak: float) -> float:
-    """Linear warm-up, then linear decay to 0 at the end; `update` counts from 0."""
+def learning_rate(update: int, updates: int, warmup: int, peak: float, decay: bool = True) -> float:
+    """Linear warm-up, then linear decay to 0 at the end or, without it, the peak; `update` counts from 0."""
     warmup = min(warmup, updates - 1)
-    return peak * min((update + 1) / (warmup + 1), (updates - update) / (updates - warmup))
+    return peak * min((update + 1) / (warmup + 1), (updates - update) / (updates - warmup) if decay else 1.0)
 
 
 def start_accelerator(**settings):
     """An Accelerator over all the processes that were launched; SystemExit if it does not see every one of them."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if "ACCELERATE_USE_CPU" in os.environ and not torch.accelerator.is_available():
@@ -659,7 +660,9 @@ def start_accelerator(**settings):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(torch.get_num_threads(), cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     # without a GPU, accelerate takes each process of torchrun for a run of its own, unless told that CPUs are meant
-    accelerator = Accelerator(cpu=launched > 1 and not torch.accelerator.is_available(), **settings)
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of every gradient
+                InitProcessGroupKwargs(timeout=timedelta(hours=2))]  # ranks wait while the first one writes a checkpoint
+    accelerator = Accelerator(cpu=launched > 1 and not torch.accelerator.is_available(), kwargs_handlers=handlers, **settings)
     if accelerator.num_processes != launched:
         raise SystemExit(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: check its config")
     return accelerator

@@ -45,7 +45,7 @@ from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
     accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, consistency_function,
     consistency_rollout, create_output_dir, eps_from_v, fingerprint, forward_states, last_checkpoint, latent_shape,
-    load_images, load_pipeline, load_schedule, load_state, moved_fraction, noise_of, part_of, priors_of, rank_state,
+    learning_rate, load_images, load_pipeline, load_schedule, load_state, moved_fraction, noise_of, part_of, priors_of, rank_state,
     reflect, refuse_changes, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator,
     student_rollout, support_of, teacher_rollout, text_encoders, timestep_grid, updates_of, with_guidance, x_from_v,
 )  # fmt: skip
@@ -58,7 +58,7 @@ PAPER = dict(
 SSD1B = PAPER | dict(
     teacher=None, data=None, output_dir="runs/dmd2_ddil-ssd1b", updates=30_000, guidance_scale=8.0, global_batch_size=7,
     batch_size=1, learning_rate=5e-7, lr_decay=False, warmup=500, gradient_checkpointing=True, cache_latents=False,  # [D13]
-    log_every=50, save_every=500,
+    log_every=10, save_every=100,
 )  # fmt: skip
 RECIPES = {
     "tiny": PAPER | dict(
@@ -73,20 +73,21 @@ RECIPES = {
         reflect="none",
     ),
 }  # fmt: skip
-# May differ when a run is resumed; the teacher's path too, as its weights are compared.
-RUN_FLAGS = ("teacher", "output_dir", "log_every", "save_every", "report_to")
+# May differ when a run is resumed; the networks' paths too, as their weights are compared.
+RUN_FLAGS = ("teacher", "student_init", "fake_init", "output_dir", "log_every", "save_every", "report_to")
 GRAD_CLIP = 10.0  # DMD2's
 TAU = 20, 980  # noise levels of the matching gradient, both included
-ENCODER = 0.5  # of a UNet's forward, what the GAN's features cost: down and mid blocks
+ORIGINS = "noise", "forward", "teacher", "student"  # of what the student is trained on: pure noise at 999, or who made it
+ENCODER = 0.4  # of a UNet's forward: what the GAN's features cost (SD1.5 .33, SDXL .43 of its FLOPs)
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--recipe", help=f"table of defaults: {', '.join(RECIPES)} (default tiny: all offline, CPU, minutes)")
     paper = p.add_argument_group("paper")
-    paper.add_argument("--teacher", help="pipeline to distil, the real score: folder or hub name; its text encoders serve all networks")
-    paper.add_argument("--student_init", help="pipeline from which the student starts, and whose other parts are saved with it (the teacher)")
-    paper.add_argument("--fake_init", help="pipeline from which the fake score starts (the teacher)")
+    paper.add_argument("--teacher", help="pipeline to distil, the real score: folder or hub name; all networks work with its text encoders and VAE")
+    paper.add_argument("--student_init", help="pipeline whose UNet the student starts from (the teacher's)")
+    paper.add_argument("--fake_init", help="pipeline whose UNet the fake score starts from (the teacher's)")
     paper.add_argument("--data", help="images with captions: folder (parquet, imagefolder, webdataset) or hub name; prompts alone where neither GAN nor forward diffusion asks for images")
     paper.add_argument("--teacher_steps", type=int, help="steps of the teacher's trajectories (Table 3: 20)")
     paper.add_argument("--student_steps", type=int, help="steps of the student, a divisor of 1000: 4 are 999 749 499 249 (sec. 5: 4)")
@@ -141,6 +142,10 @@ def check_args(args) -> None:
     for name in ("guidance_scale", "gan_weight", "critic_gan_weight"):
         if not 0 <= getattr(args, name) < float("inf"):
             raise SystemExit(f"--{name} {getattr(args, name)}: must be >= 0 and finite")
+    if args.gan_weight and not args.critic_gan_weight:
+        raise SystemExit(f"--critic_gan_weight 0: nothing would train the GAN's head; --gan_weight {args.gan_weight} must be 0 too")
+    if args.recipe == "ssd1b_oracle" and not args.student_init:
+        raise SystemExit("--student_init: the recipe ssd1b_oracle distils SDXL into a smaller UNet; give that of SSD-1B")
     for name in ("updates", "fake_updates"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name} {getattr(args, name)}: must be >= 1")
@@ -229,9 +234,13 @@ class GANHead(torch.nn.Sequential):
     """Mid-block features [B, C, n, n] -> logits [B, 1, 1, 1]: strided convolutions down to 4 x 4 or less, then one over all."""
 
     def __init__(self, channels: int, size: int):
+        groups = math.gcd(32, channels)
+        while groups > 1 and channels // groups < 4:  # at 1 x 1 a group of a single channel would always be 0
+            groups //= 2
+
         def layer(kernel: int, stride: int, padding: int):
             convolution = torch.nn.Conv2d(channels, channels, kernel, stride, padding)
-            return [convolution, torch.nn.GroupNorm(math.gcd(32, channels), channels), torch.nn.SiLU()]
+            return [convolution, torch.nn.GroupNorm(groups, channels), torch.nn.SiLU()]
 
         layers = []
         while size > 4:
@@ -304,25 +313,27 @@ def check_sampler(pipe, timesteps: list[int]) -> None:
         raise SystemExit(f"--student_steps {len(timesteps)}: LCMScheduler takes {sampler.timesteps.tolist()} instead of {timesteps}")
 
 
-def check_fit(pipe, other, flag: str, name: str) -> None:
+def check_fit(teacher, pipe, flag: str, name: str) -> None:
     """Student and fake score live in the teacher's latent space, on its noise schedule and its prompts."""
-    unets = pipe.unet.config, other.unet.config
     for what in ("in_channels", "sample_size", "cross_attention_dim", "addition_embed_type"):
-        ours, theirs = (unet[what] for unet in unets)
+        ours, theirs = teacher.unet.config[what], pipe.unet.config[what]
         if ours != theirs:
             raise SystemExit(f"{flag} {name}: its UNet's {what} is {theirs}, the teacher's {ours}; they must be equal")
-    schedules = load_schedule(pipe).alpha, load_schedule(other).alpha
-    if not torch.equal(*schedules):
-        raise SystemExit(f"{flag} {name}: its noise schedule differs from the teacher's ({betas_of(other)}, {betas_of(pipe)})")
+    ours, theirs = betas_of(teacher), betas_of(pipe)
+    if not torch.equal(load_schedule(teacher).alpha, load_schedule(pipe).alpha):
+        differs = ", ".join(what for what in ours | theirs if ours.get(what) != theirs.get(what))
+        raise SystemExit(f"{flag} {name}: its noise schedule differs from the teacher's in {differs}")
+    if load_schedule(pipe).alpha.min() == 0 and pipe.scheduler.config.prediction_type == "epsilon":
+        raise SystemExit(f"{flag} {name}: predicts epsilon and has zero terminal SNR; that needs v-prediction")
 
 
 def describe(args, pipes: dict, n_samples: int, world_size: int, half: bool) -> str:
     """What --dry_run prints: resolved recipe, batch arithmetic, and the memory of each network."""
 
     def gib(parameters: int, bytes_each: int) -> str:
-        return f"{parameters / 1e6:.1f}M parameters, {bytes_each * parameters / 2**30:.3f} GiB"
+        return f"{parameters / 1e6:.4g}M parameters, {bytes_each * parameters / 2**30:.4g} GiB"
 
-    trained = 16 + 4 * (world_size > 1)  # fp32 weight, gradient and AdamW's two moments; DDP's copy of the gradient
+    trained = 16  # fp32 weight, gradient and AdamW's two moments
     others = sum(p.numel() for module in (pipes["teacher"].vae, *text_encoders(pipes["teacher"])) for p in module.parameters())
     networks = {"student": pipes["student"].unet, "fake score": pipes["fake"].unet}
     networks |= {"GAN head": make_head(pipes["fake"].unet)} if args.gan_weight else {}
@@ -376,9 +387,9 @@ class Run:
         w = torch.full((len(ids),), self.args.guidance_scale, device=self.noise.device)
         return self.prompts.encode(ids) | {"w": w}
 
-    def batch(self) -> tuple[Tensor | None, dict]:
-        """(x, cond) of this rank's next images; x is None where prompts are enough."""
-        x, ids = self.data.next() if needs_images(self.args) else (None, self.data.next_ids())
+    def batch(self, source: str) -> tuple[Tensor | None, dict]:
+        """(x, cond) of this rank's next images; x is None where their captions are enough."""
+        x, ids = self.data.next() if source == "forward" or self.args.gan_weight else (None, self.data.next_ids())
         return x, self.cond_of(ids)
 
     def note(self, notes: dict[str, Tensor]) -> None:
@@ -444,14 +455,6 @@ def student_input(run: Run, nets: Networks, source: str, movers: list[str], x: T
     return backward_states(run, nets, movers, z, cond), t  # z at 999 is pure noise for every source
 
 
-def learning_rate(args, update: int) -> float:
-    """Linear warm-up, then constant or linear decay to 0 at the end [D13]; `update` counts the student's from 0."""
-    updates = updates_of(args)
-    warmup = min(args.warmup, updates - 1)
-    decay = (updates - update) / (updates - warmup) if args.lr_decay else 1.0
-    return args.learning_rate * min((update + 1) / (warmup + 1), decay)
-
-
 def backward(run: Run, losses: Tensor, who: str) -> None:
     """Adds this mini-batch's gradient. Raises FloatingPointError, on all ranks alike, if the loss is not finite."""
     loss = losses.mean()
@@ -477,11 +480,12 @@ def iterate(run: Run, nets: Networks, source: str, movers: list[str], student: T
     of one source. Raises FloatingPointError on a non-finite loss."""
     args, schedule, accelerator, noise = run.args, run.schedule, run.accelerator, run.noise
     last, made = accelerator.gradient_accumulation_steps - 1, []
+    origin = movers[-1] if movers else "noise"  # whose states these are, for the metrics
     for model in nets.counted:
         model.forwards = 0
 
     for i in range(last + 1):
-        x, cond = run.batch()
+        x, cond = run.batch(source)
         z_t, t = student_input(run, nets, source, movers, x, cond)
         with accelerator.no_sync(student.network) if i < last else nullcontext(), torch.set_grad_enabled(update_student):
             x_hat = consistency_function(schedule, nets.student if update_student else nets.rolling, z_t, t, cond)
@@ -491,7 +495,7 @@ def iterate(run: Run, nets: Networks, source: str, movers: list[str], student: T
                                              args.gan_weight, noise)  # fmt: skip
                 backward(run, losses, "student")
                 run.progress["forwards"] += ENCODER * len(losses) * (nets.judge is not None)  # the GAN's gradient at x_g
-                run.note(notes | {f"loss_matching_t{run.timesteps[len(movers)]}": notes["loss_matching"]})
+                run.note(notes | {f"loss_matching_{what}": notes["loss_matching"] for what in (origin, f"t{run.timesteps[len(movers)]}")})
         made.append((x_g.detach(), x, cond))  # the one forward feeds both updates
         run.note(dict(moved_student=moved_fraction(x_hat.detach(), run.support), x_g_mean=x_g.detach().mean(dim=(1, 2, 3)),
                       x_g_std=x_g.detach().std(dim=(1, 2, 3))))  # fmt: skip
@@ -505,7 +509,7 @@ def iterate(run: Run, nets: Networks, source: str, movers: list[str], student: T
             losses, notes = critic_step(schedule, nets.fake, nets.judge, x_g, x, cond, args.critic_gan_weight, noise)
             backward(run, losses, "critic")
         run.progress["forwards"] += 4 * ENCODER * len(losses) * (nets.judge is not None)  # back through twice as many samples
-        run.note(notes | {f"loss_fake_{source}": notes["loss_fake"]})
+        run.note(notes | {f"loss_fake_{origin}": notes["loss_fake"]})
     finish_update(run, critic, "critic")
     run.progress["forwards"] += sum(model.forwards for model in nets.counted)
 
@@ -529,7 +533,7 @@ def train(run: Run, nets: Networks, prior: SamplingPrior, student: Trained, crit
     with bar:
         clock = time.time()
         for update in range(progress["total"], updates):
-            lr = learning_rate(args, update)
+            lr = learning_rate(update, updates, args.warmup, args.learning_rate, args.lr_decay)
             for group in student.optimizer.param_groups + critic.optimizer.param_groups:
                 group["lr"] = lr
             try:
@@ -580,26 +584,30 @@ def restore(run: Run, checkpoint: Path) -> None:
     restore_rank(run, load_state(checkpoint / f"rank-{run.accelerator.process_index}.pt"))
 
 
-def grid_cond(run: Run) -> tuple[Tensor, dict]:
-    """Noise and cond of the sample grids: eight held-out prompts."""
+def grid_rows(run: Run, sample: Callable[[Tensor, dict, torch.Generator], Tensor]) -> Tensor:
+    """sample(z, cond, generator) for eight held-out prompts, in batches no larger than those in training."""
     n, device = min(8, len(run.held_out)), run.accelerator.device
-    captions = [run.held_out[i * len(run.held_out) // n] for i in range(n)]
-    return noise_of(range(n), latent_shape(run.pipes["teacher"]), seed=1).to(device), run.cond_of(run.prompts.tokenize(captions))
+    ids = run.prompts.tokenize([run.held_out[i * len(run.held_out) // n] for i in range(n)])
+    z, noise = noise_of(range(n), latent_shape(run.pipes["teacher"]), seed=1), torch.Generator(device).manual_seed(1)
+    return torch.cat([sample(z[rows].to(device), run.cond_of(ids[rows]), noise) for rows in torch.arange(n).split(run.args.batch_size)])
 
 
 @torch.no_grad()
 def save_samples(run: Run, nets: Networks) -> None:
     """PNG of teacher and student, on the same noise in each column; below, what the two scores make of the student's
     images: where they differ, the student is being pushed from x_fake to x_real."""
-    if run.accelerator.is_main_process:
-        z, cond = grid_cond(run)
-        noise = torch.Generator(z.device).manual_seed(1)
+
+    def student(z: Tensor, cond: dict, noise: torch.Generator) -> Tensor:
+        """[n, 3, C, h, w]: x_g of the last step, x_real, x_fake."""
         x_g = consistency_rollout(run.schedule, nets.rolling, z, [*run.timesteps, CLEAN], cond, noise)[-1]
         tau = torch.full((len(z),), 500, device=z.device)
         z_tau, _ = forward_states(run.schedule, x_g, tau, noise)
-        rows = nets.rows | {f"student, {len(run.timesteps)} steps": x_g}
-        for name, score in (("x_real of it", nets.real), ("x_fake of it", nets.still_fake)):
-            rows[name] = x_from_v(run.schedule, z_tau, score(z_tau, tau, cond), tau)
+        scores = (x_from_v(run.schedule, z_tau, score(z_tau, tau, cond), tau) for score in (nets.real, nets.still_fake))
+        return torch.stack([x_g, *scores], dim=1)
+
+    if run.accelerator.is_main_process:
+        names = f"student, {len(run.timesteps)} steps", "x_real of it", "x_fake of it"
+        rows = nets.rows | dict(zip(names, grid_rows(run, student).unbind(dim=1)))
         save_grid(Path(run.args.output_dir) / "samples" / f"{run.progress['total']:06d}.png", run.pipes["teacher"], rows)
 
 
@@ -619,6 +627,9 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
     def model(unet, name: str) -> UNetModel:
         return UNetModel(unet, run.schedule, prediction_type[name], accelerator.autocast)
 
+    for name in ("student", "fake"):
+        if pipes[name] is not pipes["teacher"]:
+            pipes[name].unet = None  # has been copied
     network = model(pipes["teacher"].unet.to(device, half), "teacher")
     real = network if network.config.time_cond_proj_dim is not None else with_guidance(network, run.null)
     trained = {}
@@ -633,8 +644,8 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
     rolling, still_fake = (model(accelerator.unwrap_model(trained[owner].network), name)
                            for owner, name in (("student", "student"), ("critic", "fake")))  # fmt: skip
     judge, still_judge = (judge_of(fake), judge_of(still_fake)) if args.gan_weight else (None, None)
-    z, cond = grid_cond(run)
-    rows = {f"teacher, {len(grid)} steps": student_rollout(run.schedule, real, z, [*grid, CLEAN], cond)[-1]
+    rows = {f"teacher, {len(grid)} steps":
+            grid_rows(run, lambda z, cond, _: student_rollout(run.schedule, real, z, [*grid, CLEAN], cond)[-1])
             for grid in (run.teacher_grid, run.timesteps)}  # fmt: skip
     counted = [network, student, rolling, fake, still_fake]
     nets = Networks(real, student, rolling, fake, judge, still_fake, still_judge, counted, rows)
@@ -643,13 +654,15 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
 
 def load_pipes(args) -> dict:
     """The pipelines of teacher, student and fake score; each folder is loaded once."""
-    pipes = {"teacher": load_pipeline(args.teacher)}
-    for name in ("student", "fake"):
-        flag, path = f"--{name}_init", getattr(args, f"{name}_init") or args.teacher
-        pipes[name] = pipes["teacher"] if path == args.teacher else load_pipeline(path, flag)
-        check_fit(pipes["teacher"], pipes[name], flag, path)
-        if load_schedule(pipes[name]).alpha.min() == 0 and pipes[name].scheduler.config.prediction_type == "epsilon":
-            raise SystemExit(f"{flag} {path}: predicts epsilon and has zero terminal SNR; that needs v-prediction")
+    loaded, pipes = {}, {}
+    for name, flag in (("teacher", "--teacher"), ("student", "--student_init"), ("fake", "--fake_init")):
+        path = getattr(args, flag.removeprefix("--")) or args.teacher
+        if path not in loaded:
+            loaded[path] = load_pipeline(path, flag)
+            check_fit(loaded[args.teacher], loaded[path], flag, path)
+        pipes[name] = loaded[path]
+    if args.gan_weight and pipes["fake"].unet.mid_block is None:
+        raise SystemExit(f"--fake_init {path}: its UNet has no mid block, which the GAN looks at; take --gan_weight 0")
     return pipes
 
 
@@ -658,6 +671,8 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise SystemExit(f"{accelerator.distributed_type.value}: sharded engines are not supported yet; launch with --multi_gpu")
+    if accelerator.mixed_precision == "fp16" and args.gan_weight:
+        raise SystemExit("--mixed_precision fp16: too coarse for the GAN's gradient; take bf16, or --gan_weight 0")
     facts = {"world_size": world_size, "mixed_precision": accelerator.mixed_precision}
     if args.resume:
         refuse_changes(facts, json.loads((Path(args.output_dir) / "config.json").read_text()))
@@ -690,8 +705,8 @@ def setup(args, accelerator: Accelerator) -> Run | None:
                       args.cache_latents and needs_images(args))  # fmt: skip
     metrics = Metrics(
         out / "metrics.csv", ["total_updates", "unet_forwards", "lr", "seconds"],
-        ["loss_matching", *[f"loss_matching_t{t}" for t in timesteps], "loss_fake", "loss_fake_forward", "loss_fake_teacher",
-         "loss_fake_student", "loss_gan", "loss_judge", "matching_norm", "gan_norm", "grad_norm_student", "grad_norm_critic",
+        ["loss_matching", *[f"loss_matching_{origin}" for origin in ORIGINS], *[f"loss_matching_t{t}" for t in timesteps],
+         "loss_fake", *[f"loss_fake_{origin}" for origin in ORIGINS], "loss_gan", "loss_judge", "matching_norm", "gan_norm", "grad_norm_student", "grad_norm_critic",
          "logit_real", "logit_generated", "x_mean", "x_g_mean", "x_std", "x_g_std", "moved_real", "moved_fake",
          "moved_student"], device,
     )  # fmt: skip
@@ -700,7 +715,8 @@ def setup(args, accelerator: Accelerator) -> Run | None:
         support_of(args.reflect, data), prompts, prompts.null(), held_out, data, noise,
         torch.Generator().manual_seed(seed_of(args.seed, "shared")), metrics, StopRequest(), dict(total=0, forwards=0),
     )  # fmt: skip
-    facts |= {f"{name}_weights": fingerprint(pipe.unet) for name, pipe in pipes.items()}
+    prints = {id(pipe): fingerprint(pipe.unet) for pipe in pipes.values()}
+    facts |= {f"{name}_weights": prints[id(pipe)] for name, pipe in pipes.items()}
     if args.resume:
         refuse_changes(facts, json.loads((out / "config.json").read_text()))
     elif accelerator.is_main_process:
@@ -733,7 +749,7 @@ def main(argv=None) -> None:
         return
     unet = accelerator.unwrap_model(student.network, keep_fp32_wrapper=False)
     if accelerator.is_main_process:
-        save_pipeline(out / "pipeline", run.pipes["student"], unet, sampler_of(run.pipes["student"], args.student_steps))
+        save_pipeline(out / "pipeline", run.pipes["teacher"], unet, sampler_of(run.pipes["student"], args.student_steps))
     w = args.guidance_scale if unet.config.time_cond_proj_dim is not None else 1.0
     accelerator.print(f"done: {out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {w}")
     accelerator.end_training()

@@ -239,7 +239,7 @@ def describe(args, pipe, n_images: int, world_size: int) -> str:
         trained = sum(p.numel() for p in add_lora(pipe.unet, args.lora_rank).parameters() if p.requires_grad)
     others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
     copies = 1 + (args.ema_decay > 0)  # teacher (a LoRA's: under the student), target
-    gib = (16 * trained + (4 * trained if world_size > 1 else 0) + 4 * copies * unet + 4 * others) / 2**30
+    gib = (16 * trained + 4 * copies * unet + 4 * others) / 2**30
     accumulation = args.global_batch_size // (args.batch_size * world_size)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
         "": "",

@@ -291,8 +291,7 @@ def describe(args, phases: list[Phase], pipe, n_images: int, world_size: int) ->
     unet = pipe.unet.num_parameters()
     others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
     state = 2 * 4 * torch.Size(latent_shape(pipe)).numel()  # z_t and z_s in fp32
-    buckets = 4 * unet if world_size > 1 else 0  # DDP's copy of the gradient
-    gib = (16 * unet + buckets + 4 * unet + 4 * others + args.buffer_size * state) / 2**30
+    gib = (16 * unet + 4 * unet + 4 * others + args.buffer_size * state) / 2**30
     accumulation = args.global_batch_size // (args.batch_size * world_size)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
         "": "",

@@ -6,6 +6,7 @@
     pd.peak_memory       peak resident memory of a mid-size stage with DDIL over the same stage without
     lcm.ddil_over_plain, lcm.update_over_unet    the same of LCM: the whole recipe; tiny, and mid size
     lcm.networks         UNets in memory, with the moving average and with --ema_decay 0
+    dmd2.ddil_over_plain, dmd2.update_over_unet  the same of DMD2: a student's update with all of its critic's
 """
 
 import statistics
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import dmd2_ddil  # noqa: E402
 import lcm_ddil  # noqa: E402
 import pd_ddil  # noqa: E402
 from common import W_EMBEDDING_DIM, load_pipeline, save_pipeline  # noqa: E402
@@ -221,6 +223,85 @@ def lcm_networks() -> None:
             report(f"lcm.networks.ema_decay_{decay}", len({id(model.unet) for model in nets.counted}), "UNets")
 
 
+def open_dmd2(folder: Path, *flags: str):
+    """(run, nets, student, critic) of dmd2_ddil.py; folder/teacher, where there is one, is distilled."""
+    teacher = ["--teacher", str(folder / "teacher")] * (folder / "teacher").exists()
+    args = dmd2_ddil.parse_args([*teacher, "--output_dir", str(folder / "run"), "--overwrite", *flags])
+    run = dmd2_ddil.setup(args, Accelerator())
+    return run, *dmd2_ddil.prepare(run, None)
+
+
+def dmd2_ddil_over_plain(rounds: int = 3) -> None:
+    """Iterations of each source, length of trajectory and kind in turn; a run's time follows from their shares."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, nets, student, critic = open_dmd2(Path(folder))
+        cost, ratio = {source: torch.zeros(2) for source in ("student", "teacher")}, run.args.fake_updates
+        for round in range(-1, rounds):
+            for transitions in range(len(run.timesteps)):
+                for update_student, weight in ((True, 1), (False, ratio - 1)):
+                    for source in cost:
+                        before = run.progress["forwards"]
+                        inputs = run, nets, source, [source] * transitions, student, critic, update_student
+                        elapsed = seconds(dmd2_ddil.iterate, *inputs)
+                        if round >= 0:  # one to warm up
+                            cost[source] += weight * torch.tensor([elapsed, run.progress["forwards"] - before])
+        priors = {source: values[0] for source, values in dmd2_ddil.priors_of(run.args).items() if source in cost}
+        ratios = sum(priors[source] * cost[source] for source in cost) / cost["student"]
+        for unit, value in zip(("time", "forwards"), ratios.tolist()):
+            report(f"dmd2.ddil_over_plain.{unit}", value)
+
+
+def dmd2_update_over_unet(name: str, folder: Path, flags: list[str], rounds: int, with_optimizer: bool) -> None:
+    """An iteration that trains the student and one that does not, from pure noise, and their bare UNet work in turn: student;
+    guided teacher, fake score and the GAN's gradient through the encoder; the critic's two losses."""
+    run, nets, student, critic = open_dmd2(folder, *flags)
+    network, module = nets.counted[0], critic.network
+    x, cond = run.batch()
+    prompt, t = cond["prompt"], torch.full((len(x),), 499)
+    twice = [torch.cat([value, value]) for value in (x, t, prompt)]
+
+    def bare(update_student: bool):
+        with torch.set_grad_enabled(update_student):
+            x_g = student.network(x, t, prompt).sample
+        if update_student:
+            with torch.no_grad():
+                network.unet(*twice)
+                module(x, t, prompt)
+            leaf = x.clone().requires_grad_(True)
+            torch.autograd.grad(module(leaf, t, prompt, judged=True)[0].sum(), leaf)
+            x_g.mean().backward()
+            student.network.zero_grad()
+        (module(x, t, prompt).sample.mean() + module(*twice, judged=True)[0].mean()).backward()
+        module.zero_grad()
+
+    def update(update_student: bool):
+        dmd2_ddil.iterate(run, nets, "student", [], student, critic, update_student)
+
+    if not with_optimizer:
+        student.optimizer.step = critic.optimizer.step = lambda: None
+    times = {}
+    for both in (True, False):
+        update(both), bare(both)
+        pairs = [(seconds(update, both), seconds(bare, both)) for _ in range(rounds)]
+        times[both] = [statistics.median(column) for column in zip(*pairs)]
+    ratio = run.args.fake_updates
+    ours, theirs = (times[True][i] + (ratio - 1) * times[False][i] for i in range(2))
+    report(f"dmd2.update_over_unet.{name}", ours / theirs)
+
+
+def dmd2_tiny_update() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        dmd2_update_over_unet("tiny", Path(folder), [], 30, with_optimizer=False)
+
+
+def dmd2_mid_update() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        mid_teacher(folder / "teacher")
+        flags = ["--data", str(few_images(folder / "data")), "--global_batch_size", "4"]
+        dmd2_update_over_unet("mid", folder, flags, 6, with_optimizer=True)
+
+
 def peak_memory() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -247,6 +328,9 @@ BENCHMARKS = {
     "lcm.update_over_unet.tiny": lcm_tiny_update,
     "lcm.update_over_unet.mid": lcm_mid_update,
     "lcm.networks": lcm_networks,
+    "dmd2.ddil_over_plain": dmd2_ddil_over_plain,
+    "dmd2.update_over_unet.tiny": dmd2_tiny_update,
+    "dmd2.update_over_unet.mid": dmd2_mid_update,
 }
 
 if __name__ == "__main__":

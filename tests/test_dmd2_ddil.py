@@ -1,6 +1,7 @@
 """dmd2_ddil.py: its gradients against closed forms, the run against a short independent loop and against stock diffusers."""
 
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import ROOT, run_here, run_script, save_teacher, signals_kept, tiny_unet
 from datasets import load_dataset
 from diffusers import DiffusionPipeline, LCMScheduler
@@ -22,7 +24,8 @@ from test_common import MEAN, SD64, SHAPE, STD, box, max_error, nonlinear_model,
 import dmd2_ddil
 from common import (
     CLEAN, LatentData, PromptEncoder, UNetModel, add_noise, consistency_function, consistency_rollout, ddim_step,
-    last_checkpoint, load_images, load_pipeline, load_schedule, load_state, reflect, seed_of, timestep_grid, with_guidance,
+    last_checkpoint, learning_rate, load_images, load_pipeline, load_schedule, load_state, reflect, seed_of, timestep_grid,
+    with_guidance,
 )  # fmt: skip
 from dmd2_ddil import (
     Critic, GANHead, backward_states, critic_step, draw_movers, draw_transitions, gan_gradient, make_head, matching_gradient,
@@ -224,7 +227,10 @@ def test_critic_s_loss():
 
 @pytest.mark.parametrize("channels, size", [(16, 1), (16, 2), (32, 4), (48, 8), (64, 16), (32, 24), (32, 32)])
 def test_head_fits_any_resolution(channels, size):
-    assert GANHead(channels, size)(torch.randn(3, channels, size, size)).shape == (3, 1, 1, 1)
+    """And tells samples apart, whatever the normalisation does at 1 x 1."""
+    torch.manual_seed(0)
+    logits = GANHead(channels, size)(torch.randn(64, channels, size, size))
+    assert logits.shape == (64, 1, 1, 1) and logits.std() > 1e-2
 
 
 @pytest.mark.parametrize("family", ["teacher_folder", "xl_folder"])
@@ -306,7 +312,7 @@ def test_anyone_moves_in_a_mixed_rollout(make_run):
 
 def test_students_states_are_those_that_its_sampler_visits(make_run):
     run, nets, *_ = make_run()
-    _, cond = run.batch()
+    _, cond = run.batch("forward")
     z, state = torch.randn(4, 4, 8, 8), run.noise.get_state()
     z_t = backward_states(run, nets, ["student"] * 3, z, cond)
     sampler, generator = dmd2_ddil.sampler_of(run.pipes["student"], 4), torch.Generator()
@@ -325,7 +331,7 @@ def test_students_states_are_those_that_its_sampler_visits(make_run):
 def test_both_models_within_one_trajectory(make_run, movers):
     """The teacher takes its own five steps from one of the student's timesteps to the next, guided and reflected."""
     run, nets, *_ = make_run("--reflect", "0.5", "--mixed_rollout")
-    _, cond = run.batch()
+    _, cond = run.batch("forward")
     z, noise = torch.randn(4, 4, 8, 8), torch.Generator()
     noise.set_state(run.noise.get_state())
     z_t = backward_states(run, nets, movers, z, cond)
@@ -343,7 +349,7 @@ def test_both_models_within_one_trajectory(make_run, movers):
 @pytest.mark.parametrize("source", ["forward", "teacher", "student"])
 def test_input_at_999_is_pure_noise(make_run, source):
     run, nets, *_ = make_run(*ALL)
-    x, cond = run.batch()
+    x, cond = run.batch("forward")
     state = run.noise.get_state()
     z, t = dmd2_ddil.student_input(run, nets, source, [], x, cond)
     run.noise.set_state(state)
@@ -352,7 +358,7 @@ def test_input_at_999_is_pure_noise(make_run, source):
 
 def test_forward_input_is_noised_data(make_run):
     run, nets, *_ = make_run(*ALL)
-    x, cond = run.batch()
+    x, cond = run.batch("forward")
     state = run.noise.get_state()
     z, t = dmd2_ddil.student_input(run, nets, "forward", ["forward"] * 2, x, cond)
     run.noise.set_state(state)
@@ -371,14 +377,13 @@ def test_recipes_hold_the_paper_s_numbers():
     args = parse_args(["--recipe", "ssd1b", "--teacher", "t", "--data", "d"])
     assert (args.updates, args.global_batch_size, args.fake_updates, args.guidance_scale) == (30_000, 7, 10, 8.0)
     assert (args.gan_weight, args.critic_gan_weight, args.learning_rate) == (5e-3, 1e-2, 5e-7)
-    args = parse_args(["--recipe", "ssd1b_oracle", "--teacher", "t", "--data", "d"])
+    args = parse_args(["--recipe", "ssd1b_oracle", "--teacher", "t", "--data", "d", "--student_init", "s"])
     assert (args.updates, args.global_batch_size) == (70_000, 64)
 
 
 @pytest.mark.parametrize("decay, expected", [(True, [0.5, 1.0, 0.8, 0.6, 0.4, 0.2]), (False, [0.5, 1, 1, 1, 1, 1])])
-def test_learning_rate(decay, expected):
-    args = parse_args([*SMALL, "--lr_decay" if decay else "--no-lr_decay", "--learning_rate", "1"])
-    assert [round(dmd2_ddil.learning_rate(args, update), 9) for update in range(6)] == expected
+def test_learning_rate_with_and_without_decay(decay, expected):
+    assert [round(learning_rate(update, 6, 1, 1.0, decay), 9) for update in range(6)] == expected
 
 
 # --- one update ---
@@ -388,16 +393,16 @@ def test_gradients_reach_only_whom_they_should(make_run):
     """The student's update leaves critic and teacher alone, the critic's leaves the student and the teacher."""
     run, nets, student, critic = make_run()
     real = run.pipes["teacher"].unet
-    x, cond = run.batch()
+    x, cond = run.batch("forward")
     z, t = dmd2_ddil.student_input(run, nets, "student", [], x, cond)
     x_g = consistency_function(run.schedule, nets.student, z, t, cond)
     losses, _ = student_step(run.schedule, nets.real, nets.still_fake, nets.still_judge, x_g, cond, None, 1.0, run.noise)
     losses.mean().backward()
-    assert all(p.grad is not None for p in student.network.parameters())
+    assert all(p.grad.abs().max() > 0 for p in student.network.parameters())
     assert all(p.grad is None for p in [*critic.network.parameters(), *real.parameters()])
     student.optimizer.zero_grad()
     critic_step(run.schedule, nets.fake, nets.judge, x_g.detach(), x, cond, 1.0, run.noise)[0].mean().backward()
-    assert all(p.grad is not None for p in critic.network.parameters())
+    assert all(p.grad.abs().max() > 0 for p in critic.network.parameters())
     assert all(p.grad is None for p in [*student.network.parameters(), *real.parameters()])
 
 
@@ -417,76 +422,94 @@ def test_an_iteration_changes_whom_it_should(make_run, update_student):
 @pytest.mark.parametrize("gan", [True, False])
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_forwards_are_counted(make_run, batch_size, gan):
-    """A sample of a critic's update: rollout, student 1, fake score 1 + 2, GAN's half UNets 2 (1/2 + 1). Of a student's
-    besides: backward 2, guided teacher 2, fake score 1, GAN 1/2 + 1/2."""
+    """A sample of a critic's update: rollout, student 1, fake score 1 + 2, and for the GAN the encoder, .4 of a UNet,
+    2 (1 + 2) times. Of a student's besides: backward 2, guided teacher 2, fake score 1, the encoder 1 + 1 times."""
     run, nets, student, critic = make_run("--batch_size", batch_size, *([] if gan else ["--gan_weight", 0]))
     for update_student in (True, False):
         for source, movers, rollout in (("student", 2, 2), ("teacher", 1, 2 * 5), ("student", 0, 0)):
             before = run.progress["forwards"]
             dmd2_ddil.iterate(run, nets, source, [source] * movers, student, critic, update_student)
-            expected = rollout + 1 + 3 + 3 * gan + update_student * (2 + 2 + 1 + gan)
-            assert run.progress["forwards"] - before == 4 * expected
+            expected = rollout + 1 + 3 + 6 * 0.4 * gan + update_student * (2 + 2 + 1 + 2 * 0.4 * gan)
+            assert run.progress["forwards"] - before == pytest.approx(4 * expected)
 
 
 def test_accumulated_gradient_is_the_mean(make_run, monkeypatch):
-    """Two mini-batches of two give the gradient that their samples give together."""
+    """Two mini-batches of two give the gradients, of student and critic, that their samples give together."""
     run, nets, student, critic = make_run("--batch_size", "2")
-    seen, calls = {}, []
+    seen, calls = {}, dict(student=[], critic=[])
 
-    def noting_finish(run, trained, who):
+    def keep_gradient(run, trained, who):
         seen[who] = [p.grad.clone() for p in trained.network.parameters()]
         trained.optimizer.zero_grad()
 
-    def noting_step(*args):
-        calls.append((args, args[-1].get_state()))
-        return critic_step(*args)
+    def noting(who, step):
+        def noted(*inputs):
+            calls[who].append((inputs, inputs[-1].get_state()))
+            return step(*inputs)
 
-    monkeypatch.setattr(dmd2_ddil, "finish_update", noting_finish)
-    monkeypatch.setattr(dmd2_ddil, "critic_step", noting_step)
+        return noted
+
+    monkeypatch.setattr(dmd2_ddil, "finish_update", keep_gradient)
+    monkeypatch.setattr(dmd2_ddil, "student_step", noting("student", student_step))
+    monkeypatch.setattr(dmd2_ddil, "critic_step", noting("critic", critic_step))
+    inputs, student_input = [], dmd2_ddil.student_input
+    monkeypatch.setattr(dmd2_ddil, "student_input", lambda *args: inputs.append((student_input(*args), args[-1])) or inputs[-1][0])
     dmd2_ddil.iterate(run, nets, "student", ["student"], student, critic, True)
-    assert len(calls) == 2
-    for args, state in calls:
+    assert len(calls["student"]) == len(calls["critic"]) == len(inputs) == 2
+    for (args, state), ((z_t, t), cond) in zip(calls["student"], inputs):
+        args[-1].set_state(state)
+        x_g = reflect_value(consistency_function(run.schedule, nets.student, z_t, t, cond), run.support)
+        (student_step(*args[:4], x_g, *args[5:])[0].mean() / 2).backward()
+    for args, state in calls["critic"]:
         args[-1].set_state(state)
         (critic_step(*args)[0].mean() / 2).backward()
-    assert max(max_error(a, p.grad) for a, p in zip(seen["critic"], critic.network.parameters())) < 1e-6
+    for who, trained in (("student", student), ("critic", critic)):
+        assert max(max_error(a, p.grad) for a, p in zip(seen[who], trained.network.parameters())) < 1e-6, who
+        assert max(a.abs().max() for a in seen[who]) > 1e-3
 
 
-def plain_dmd2(student, critic, real, data, prompts, schedule, noise, transitions, updates, ratio, lr, weights):
+def plain_judge(critic, z_t, t, cond):
+    """Logits by a whole forward of the fake score, of which the head gets the mid block's output."""
+    seen = []
+    hook = critic.unet.unet.mid_block.register_forward_hook(lambda module, args, output: seen.append(output))
+    critic.run(z_t, t, cond)
+    hook.remove()
+    return critic.unet.head(seen[0]).flatten()
+
+
+def plain_dmd2(student, critic, real, batches, schedule, noise, lr, ratio, weights):
     """DMD2 with backward simulation. It knows no prior, no source and no threshold."""
     optimizers = [torch.optim.AdamW(m.unet.parameters(), lr=lr) for m in (student, critic)]
-    judge = lambda *inputs: critic.run(*inputs, judged=True).flatten()  # noqa: E731
-    rand = lambda n: torch.randint(1000, (n,), generator=noise)  # noqa: E731
     noised = lambda x, t: add_noise(schedule, x, torch.randn(x.shape, generator=noise), t)  # noqa: E731
-    for i in range(updates * ratio):
+    uniform = lambda n, lo=0, hi=1000: torch.randint(lo, hi, (n,), generator=noise)  # noqa: E731
+    estimate = lambda z, t: consistency_function(schedule, student, z, torch.full((4,), t), cond)  # noqa: E731
+
+    def step(who, loss):
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_((student, critic)[who].unet.parameters(), 10.0)
+        optimizers[who].step(), optimizers[who].zero_grad()
+
+    for i, (x, cond, k) in enumerate(batches):
         optimizers[0].param_groups[0]["lr"] = optimizers[1].param_groups[0]["lr"] = lr * min((i // ratio + 1) / 2, 1.0)
-        x, ids = data.next()
-        cond, k, z = prompts.encode(ids) | {"w": torch.full((4,), 3.0)}, transitions(i), torch.randn(4, 4, 8, 8, generator=noise)
+        z = torch.randn(4, 4, 8, 8, generator=noise)
         for t, s in zip(T[:k], T[1:]):
-            with torch.no_grad():
-                z = noised(consistency_function(schedule, student, z, torch.full((4,), t), cond), torch.full((4,), s))
-        x_g = consistency_function(schedule, student, z, torch.full((4,), T[k]), cond)
+            z = noised(estimate(z, t).detach(), torch.full((4,), s))
+        x_g = estimate(z, T[k])
         if i % ratio == 0:
-            tau = torch.randint(20, 981, (4,), generator=noise)
-            z_tau = noised(x_g.detach(), tau)
-            alpha_t, sigma_t = schedule.at(tau)
-            with torch.no_grad():
-                x_real, x_fake = (alpha_t * z_tau - sigma_t * model(z_tau, tau, cond) for model in (real, critic))
+            tau, critic_parameters = uniform(4, 20, 981), critic.unet.requires_grad_(False)
+            z_tau, (alpha_t, sigma_t) = noised(x_g.detach(), tau), schedule.at(tau)
+            x_real, x_fake = (alpha_t * z_tau - sigma_t * model(z_tau, tau, cond).detach() for model in (real, critic))
             g = (x_fake - x_real) / (x_g - x_real).abs().mean(dim=(1, 2, 3), keepdim=True)
-            critic.unet.requires_grad_(False)
-            loss, t = 0.5 * F.mse_loss(x_g, (x_g - g).detach()), rand(4)
-            (loss + weights[0] * F.softplus(-judge(noised(x_g, t), t, cond)).mean()).backward()
-            critic.unet.requires_grad_(True)
-            torch.nn.utils.clip_grad_norm_(student.unet.parameters(), 10.0)
-            optimizers[0].step(), optimizers[0].zero_grad()
-        t, x_g = rand(4), x_g.detach()
-        eps = torch.randn(x_g.shape, generator=noise)
-        z_t, (alpha_t, sigma_t) = add_noise(schedule, x_g, eps, t), schedule.at(t)
-        loss_fake = (sigma_t * z_t + alpha_t * critic(z_t, t, cond) - eps).pow(2).mean(dim=(1, 2, 3))
-        t = rand(8)
-        logits = judge(noised(torch.cat([x_g, x]), t), t, {name: torch.cat([value] * 2) for name, value in cond.items()})
-        (loss_fake + weights[1] * (F.softplus(logits[:4]) + F.softplus(-logits[4:]))).mean().backward()
-        torch.nn.utils.clip_grad_norm_(critic.unet.parameters(), 10.0)
-        optimizers[1].step(), optimizers[1].zero_grad()
+            loss, t = 0.5 * F.mse_loss(x_g, (x_g - g).detach()), uniform(4)
+            step(0, loss + weights[0] * F.softplus(-plain_judge(critic, noised(x_g, t), t, cond)).mean())
+            critic_parameters.requires_grad_(True)
+        t, x_g = uniform(4), x_g.detach()
+        eps, (alpha_t, sigma_t) = torch.randn(x_g.shape, generator=noise), schedule.at(t)
+        z_t, t_judge = add_noise(schedule, x_g, eps, t), uniform(8)
+        loss = (sigma_t * z_t + alpha_t * critic(z_t, t, cond) - eps).pow(2).mean(dim=(1, 2, 3))
+        twice = {name: torch.cat([value] * 2) for name, value in cond.items()}
+        logits = plain_judge(critic, noised(torch.cat([x_g, x]), t_judge), t_judge, twice)
+        step(1, (loss + weights[1] * (F.softplus(logits[:4]) + F.softplus(-logits[4:]))).mean())
 
 
 @pytest.mark.parametrize("seed", [3])
@@ -502,8 +525,14 @@ def test_plain_dmd2_equals_a_short_independent_loop(teacher_folder, data_folder,
     student, critic = (UNetModel(unet, schedule, "epsilon", torch.enable_grad) for unet in (unets[0], Critic(unets[1], make_head(unets[1]))))
     student.autocast = critic.autocast = lambda: torch.autocast("cpu", enabled=False)
     real = with_guidance(UNetModel(pipe.unet, schedule, "epsilon", torch.no_grad), prompts.null())
-    transitions = lambda i: torch.randint(4, (), generator=seeded(seed_of(seed, "transitions", i // 2, i % 2))).item()  # noqa: E731
-    plain_dmd2(student, critic, real, data, prompts, schedule, noise, transitions, 6, 2, 1e-3, (2**-7, 2**-6))
+
+    def batches():
+        for i in range(6 * 2):
+            x, ids = data.next()
+            k = torch.randint(4, (), generator=seeded(seed_of(seed, "transitions", i // 2, i % 2))).item()
+            yield x, prompts.encode(ids) | {"w": torch.full((4,), 3.0)}, k
+
+    plain_dmd2(student, critic, real, batches(), schedule, noise, 1e-3, 2, (2**-7, 2**-6))
     saved = weights_of(tmp_path / "run" / "pipeline")
     assert all(torch.equal(saved[name], weight) for name, weight in student.unet.state_dict().items())
     kept = load_state(last_checkpoint(tmp_path / "run" / "checkpoints") / "critic.pt")
@@ -536,14 +565,15 @@ def test_dmd2_run_folder(finished_dmd2):
     assert len([*(finished_dmd2 / "samples").glob("*.png")]) == 2
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_stock_diffusers_samples_the_student_s_images(finished_dmd2, tmp_path, teacher_folder, data_folder, steps):
-    """Within 1/255 of our rollout, from the same noise: the exact timesteps, re-noising, no guidance."""
-    folder = finished_dmd2
-    if steps != 4:
-        folder = tmp_path / "run"
-        dmd2_here(*command(folder, teacher_folder, data_folder, "--student_steps", steps, "--updates", 1))
-    captions, settings = ["a", "image 3 of test"], dict(num_inference_steps=steps, guidance_scale=1.0, output_type="pt")
+@pytest.mark.parametrize("steps, family", [(1, "teacher"), (2, "teacher"), (4, "teacher"), (4, "xl"), (4, "gc")])
+def test_stock_diffusers_samples_the_student_s_images(steps, family, finished_dmd2, tmp_path, data_folder, request):
+    """Within 1/255 of our rollout, from the same noise: the exact timesteps, re-noising, no guidance; a student that
+    predicts v and takes w (gc) gets it from the pipeline."""
+    folder, w = finished_dmd2, 3.0 if family == "gc" else 1.0
+    if (steps, family) != (4, "teacher"):
+        folder, teacher = tmp_path / "run", request.getfixturevalue(f"{family}_folder")
+        dmd2_here(*command(folder, teacher, data_folder, "--student_steps", steps, "--updates", 2))
+    captions, settings = ["a", "image 3 of test"], dict(num_inference_steps=steps, guidance_scale=w, output_type="pt")
     stock = DiffusionPipeline.from_pretrained(folder / "pipeline")
     stock.set_progress_bar_config(disable=True)
     z = randn(2, 4, 8, 8, dtype=torch.float32)
@@ -552,9 +582,9 @@ def test_stock_diffusers_samples_the_student_s_images(finished_dmd2, tmp_path, t
 
     pipe = load_pipeline(str(folder / "pipeline"))
     prompts = PromptEncoder(pipe, "cpu")
-    model = UNetModel(pipe.unet, load_schedule(pipe), "epsilon", torch.no_grad)
+    model = UNetModel(pipe.unet, load_schedule(pipe), pipe.scheduler.config.prediction_type, torch.no_grad)
     timesteps = [*timestep_grid(steps, "trailing"), CLEAN]
-    cond = prompts.encode(prompts.tokenize(captions))
+    cond = prompts.encode(prompts.tokenize(captions)) | {"w": torch.full((2,), w)}
     latents = consistency_rollout(load_schedule(pipe), model, z, timesteps, cond, seeded(5))[-1]
     with torch.no_grad():
         ours = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5
@@ -597,11 +627,13 @@ def test_stopped_dmd2_resumes_as_if_unbroken(finished_dmd2, tmp_path, teacher_fo
     assert_same_run(folder, finished_dmd2)
 
 
-def test_dmd2_on_two_processes(tmp_path, teacher_folder, data_folder):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_dmd2_on_two_processes(tmp_path, teacher_folder, data_folder, batch_size):
     """All three sources: ranks share the source and the trajectory's length and movers, have noise of their own, the
-    critic's gradient is the mean of theirs, and they end with equal weights."""
+    critic's gradient is the mean over ranks and mini-batches, and they end with equal weights."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = command(tmp_path / "run", teacher_folder, data_folder, *ALL, "--mixed_rollout")
+    flags = command(tmp_path / "run", teacher_folder, data_folder, *ALL, "--mixed_rollout", "--gradient_checkpointing",
+                    "--batch_size", batch_size)  # fmt: skip
     process = run_script(tmp_path, *flags, script="tests/record_dmd2.py", launcher=launcher)
     assert process.returncode == 0, process.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
@@ -611,19 +643,19 @@ def test_dmd2_on_two_processes(tmp_path, teacher_folder, data_folder):
     assert first["movers"] == second["movers"] and any(len(set(movers)) == 2 for movers in first["movers"])
     for name in ("student", "critic"):
         assert len(first[name]) > 0 and all(torch.equal(a, b) for a, b in zip(first[name], second[name])), name
-    assert len(first["x_g"]) == len(second["x_g"]) == 6 * 2
+    assert len(first["x_g"]) == len(second["x_g"]) == 6 * 2 * 2 // batch_size
     for a, b in zip(first["x_g"], second["x_g"]):
-        assert a.shape == b.shape == (2, 4, 8, 8) and not torch.isclose(a, b).flatten(1).all(dim=1).any()
+        assert a.shape == b.shape == (batch_size, 4, 8, 8) and not torch.isclose(a, b).flatten(1).all(dim=1).any()
 
     pipe = load_pipeline(str(teacher_folder))
     torch.manual_seed(seed_of(0, "head"))
     fake = UNetModel(Critic(pipe.unet.requires_grad_(True), make_head(pipe.unet)), load_schedule(pipe), "epsilon",
                      lambda: torch.autocast("cpu", enabled=False))  # fmt: skip
-    for rank in (first, second):
-        noise, (x_g, x, cond) = torch.Generator(), (rank[name][0] for name in ("x_g", "x", "cond"))
-        noise.set_state(rank["noise"][0])
+    for rank, i in itertools.product((first, second), range(2 // batch_size)):
+        noise, (x_g, x, cond) = torch.Generator(), (rank[name][i] for name in ("x_g", "x", "cond"))
+        noise.set_state(rank["noise"][i])
         losses, _ = critic_step(load_schedule(pipe), fake, dmd2_ddil.judge_of(fake), x_g, x, cond, 1e-2, noise)
-        (losses.mean() / 2).backward()
+        (losses.mean() / (4 // batch_size)).backward()
     assert all(torch.equal(a, b) for a, b in zip(first["gradients"][0], second["gradients"][0]))
     assert max(max_error(a, p.grad) for a, p in zip(first["gradients"][0], fake.unet.parameters())) < 1e-5
 
@@ -635,6 +667,24 @@ def test_other_settings_train(tmp_path, teacher_folder, data_folder, flags):
     before, after = weights_of(teacher_folder), weights_of(tmp_path / "run" / "pipeline")
     assert max(max_error(after[name], before[name]) for name in before) > 1e-4
     assert all(value.isfinite().all() for value in after.values())
+    if "--reflect" in flags:  # a box that everything leaves
+        assert all(float(row[f"moved_{name}"]) > 0 for row in rows_of(tmp_path / "run") for name in ("real", "fake", "student"))
+
+
+def test_dmd2_in_bf16(tmp_path, teacher_folder, data_folder, monkeypatch):
+    """Networks in bf16; weights and everything around the networks stay in fp32."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` sets it
+    try:
+        dmd2_here(*command(tmp_path / "run", teacher_folder, data_folder, *ALL, "--gradient_checkpointing"))
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(SystemExit, match="--mixed_precision fp16.*--gan_weight 0"):
+            dmd2_here(*command(tmp_path / "other", teacher_folder, data_folder))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert {weight.dtype for weight in weights_of(tmp_path / "run" / "pipeline").values()} == {torch.float32}
+    assert all(float(row["gan_norm"]) > 0 and float(row["loss_fake"]) > 0 for row in rows_of(tmp_path / "run"))
 
 
 def test_gradient_checkpointing_changes_no_dmd2(tmp_path, teacher_folder, data_folder):
@@ -660,10 +710,12 @@ def test_prompts_alone_suffice(tmp_path, teacher_folder, data_folder):
         assert str(data) in caught.value.code and not (tmp_path / "other").exists()
 
 
-def test_three_networks_of_sdxl_s_family(tmp_path, xl_folder, data_folder):
-    """The oracle: a smaller student than its critics, without attention in its mid block."""
-    student = save_teacher(tmp_path / "student", xl=True, mid_block_type="UNetMidBlock2D", layers_per_block=1)
-    critic = save_teacher(tmp_path / "critic", xl=True, layers_per_block=2)
+@pytest.mark.parametrize("small_is", ["student", "critic"])
+def test_three_networks_of_sdxl_s_family(tmp_path, xl_folder, data_folder, small_is):
+    """As in the oracle, student and critic differ, and one of them has no attention in its mid block, as SSD-1B."""
+    small, large = dict(mid_block_type="UNetMidBlock2D", layers_per_block=1), dict(layers_per_block=2)
+    student = save_teacher(tmp_path / "student", xl=True, **(small if small_is == "student" else large))
+    critic = save_teacher(tmp_path / "critic", xl=True, **(small if small_is == "critic" else large))
     flags = "--student_init", student, "--fake_init", critic, "--updates", 2, "--reflect", "none"
     dmd2_here(*command(tmp_path / "run", xl_folder, data_folder, *flags))
     ours, before = weights_of(tmp_path / "run" / "pipeline"), weights_of(student)
@@ -675,10 +727,13 @@ def test_three_networks_of_sdxl_s_family(tmp_path, xl_folder, data_folder):
     assert {name.removeprefix("unet.") for name in kept if name.startswith("unet.")} == weights_of(critic).keys()
 
 
-def test_v_predicting_networks(tmp_path, gc_folder, data_folder):
-    """Each network may predict what it likes; one that takes w gets it, and is its own guidance."""
+def test_networks_that_predict_different_things(tmp_path, gc_folder, data_folder):
+    """A student that predicts eps under a teacher that predicts v and, taking w, is its own guidance; what is saved keeps
+    the student's prediction type and the teacher's VAE and text encoders."""
     eps = save_teacher(tmp_path / "eps")
     dmd2_here(*command(tmp_path / "run", gc_folder, data_folder, "--student_init", eps, "--updates", 2))
+    pipe = load_pipeline(str(tmp_path / "run" / "pipeline"))
+    assert pipe.scheduler.config.prediction_type == "epsilon" and pipe.unet.config.time_cond_proj_dim is None
     assert weights_of(tmp_path / "run" / "pipeline").keys() == weights_of(eps).keys()
 
 
@@ -691,7 +746,7 @@ def test_v_predicting_networks(tmp_path, gc_folder, data_folder):
     "--p_forward .5 .6 .7 --p_teacher .1 .2", "--fake_updates 0", "--gan_weight -1", "--critic_gan_weight nan", "--guidance_scale -1",
     "--learning_rate 0", "--learning_rate nan", "--updates 0", "--global_batch_size 5 --batch_size 2", "--batch_size 0",
     "--reflect 0", "--reflect sometimes", "--recipe sd21", "--recipe ssd1b", "--data no/such/folder", "--warmup -1",
-    "--teacher no/such/folder", "--student_init no/such/folder", "--fake_init no/such/folder", "--report_to nonsense",
+    "--teacher no/such/folder", "--critic_gan_weight 0", "--student_init no/such/folder", "--fake_init no/such/folder", "--report_to nonsense",
 ])  # fmt: skip
 def test_bad_dmd2_flag_is_named(flags, tmp_path, teacher_folder, data_folder):
     base = ["--data", data_folder] if "ssd1b" in flags else ["--teacher", teacher_folder, "--data", data_folder]
@@ -721,8 +776,22 @@ def test_another_noise_schedule_is_refused(tmp_path, teacher_folder, data_folder
     shutil.copytree(teacher_folder, other)
     file = other / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.02}))
-    with pytest.raises(SystemExit, match="--fake_init .*noise schedule differs.*0.02.*0.012"):
+    with pytest.raises(SystemExit, match="--fake_init .*noise schedule differs .* in beta_end"):
         dmd2_here(*command(tmp_path / "run", teacher_folder, data_folder, "--fake_init", other))
+
+
+def test_oracle_needs_a_smaller_student(teacher_folder, data_folder):
+    with pytest.raises(SystemExit, match="--student_init: the recipe ssd1b_oracle"):
+        parse_args(["--recipe", "ssd1b_oracle", "--teacher", str(teacher_folder), "--data", str(data_folder)])
+
+
+def test_zero_terminal_snr_is_refused(tmp_path, data_folder):
+    """For a network that predicts eps there is no x estimate at 999."""
+    teacher = save_teacher(tmp_path / "teacher")
+    file = teacher / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    with pytest.raises(SystemExit, match="--teacher .*zero terminal SNR"):
+        dmd2_here(*command(tmp_path / "run", teacher, data_folder))
 
 
 def test_dmd2_s_losses_must_be_finite(tmp_path, teacher_folder, data_folder):
@@ -732,7 +801,7 @@ def test_dmd2_s_losses_must_be_finite(tmp_path, teacher_folder, data_folder):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--gan_weight", 1], "gan_weight: saved 0.005, now 1.0"), (["--fake_init", "x"], "fake_init: saved None, now x"),
+    (["--gan_weight", 1], "gan_weight: saved 0.005, now 1.0"), (["--fake_updates", 3], "fake_updates: saved 2, now 3"),
     (["--p_student", 1], r"p_student: saved None, now \[1.0\]"),
 ])  # fmt: skip
 def test_resume_refuses_another_dmd2(finished_dmd2, flags, named):
@@ -758,10 +827,16 @@ def test_dry_run_tells_the_memory_of_each_network(family, tmp_path, data_folder,
     args = parse_args([*map(str, command(tmp_path / "run", teacher, data_folder))])
     with signals_kept():
         run = dmd2_ddil.setup(args, Accelerator())
-        _, student, critic = dmd2_ddil.prepare(run, None)
-    nets = {"teacher": run.pipes["teacher"].unet, "student": student.network, "fake score": critic.network.unet,
-            "GAN head": critic.network.head}  # fmt: skip
-    for name, module in nets.items():
-        measured = sum(p.numel() * p.element_size() for p in module.parameters())
-        millions = float(re.search(rf"{name}, weights\s+([\d.]+)M parameters", out)[1])
-        assert abs(4e6 * millions - measured) <= max(0.05 * measured, 2.1e5)  # one decimal of a million is printed
+        nets, student, critic = dmd2_ddil.prepare(run, None)
+        dmd2_ddil.iterate(run, nets, "student", [], student, critic, True)  # makes AdamW's state
+    moments = {p: sum(v.numel() * v.element_size() for k, v in state.items() if k.startswith("exp_avg"))
+               for trained in (student, critic) for p, state in trained.optimizer.state.items()}  # fmt: skip
+    modules = {"teacher": run.pipes["teacher"].unet, "student": student.network, "fake score": critic.network.unet,
+               "GAN head": critic.network.head}  # fmt: skip
+    for name, module in modules.items():
+        measured = {"weights": sum(p.numel() * p.element_size() for p in module.parameters())}
+        if name != "teacher":
+            measured["AdamW"] = sum(moments[p] for p in module.parameters())
+        for what, expected in measured.items():
+            printed = float(re.search(rf"{name}, {what}\s.*, ([\d.e-]+) GiB", out)[1]) * 2**30
+            assert abs(printed / expected - 1) < 0.05, (name, what)
