@@ -62,8 +62,8 @@ SSD1B = PAPER | dict(
 )  # fmt: skip
 RECIPES = {
     "tiny": PAPER | dict(
-        teacher="assets/tiny/pipeline", data="assets/tiny/data", output_dir="runs/dmd2_ddil-tiny", updates=300,
-        guidance_scale=4.0, global_batch_size=7, batch_size=None, learning_rate=1e-4, lr_decay=True, warmup=20,
+        teacher="assets/tiny/pipeline", data="assets/tiny/data", output_dir="runs/dmd2_ddil-tiny", updates=200,
+        fake_updates=5, guidance_scale=4.0, global_batch_size=7, batch_size=None, learning_rate=1e-4, lr_decay=True, warmup=20,
         gradient_checkpointing=False, cache_latents=True, log_every=10, save_every=100,
     ),
     "sd15": SSD1B | dict(output_dir="runs/dmd2_ddil-sd15"),  # not in the paper: the numbers of its SSD-1B run
@@ -424,7 +424,7 @@ def draw_transitions(run: Run, i: int) -> int:
     return torch.randint(len(run.timesteps), (), generator=generator).item()
 
 
-# DDIL: the next two functions
+# DDIL: both models within one trajectory (sec. 4.2)
 def draw_movers(run: Run, source: str, part: int, transitions: int) -> list[str]:
     """Who makes each transition of a trajectory, alike on all ranks [D14]: the source or, with --mixed_rollout, anyone."""
     if not run.args.mixed_rollout or source == "forward":
@@ -440,7 +440,7 @@ def backward_states(run: Run, nets: Networks, movers: list[str], z: Tensor, cond
     for (t, s), mover in zip(pairwise(run.timesteps), movers):
         if mover == "student":
             z = consistency_rollout(run.schedule, nets.rolling, z, (t, s), cond, run.noise)[-1]
-        else:
+        else:  # DDIL: the teacher's trajectory
             path = run.teacher_grid[run.teacher_grid.index(t) : run.teacher_grid.index(s) + 1]
             z = teacher_rollout(run.schedule, nets.real, z, path, cond, run.support)[-1]
     return z
@@ -449,7 +449,7 @@ def backward_states(run: Run, nets: Networks, movers: list[str], z: Tensor, cond
 def student_input(run: Run, nets: Networks, source: str, movers: list[str], x: Tensor | None, cond: dict) -> tuple[Tensor, Tensor]:
     """(z_t, t) on which the student is trained (Alg. 1 lines 3 to 5), as many transitions down its timesteps as there are movers."""
     n, t = len(cond["w"]), torch.full_like(cond["w"], run.timesteps[len(movers)], dtype=torch.long)
-    if source == "forward" and movers:
+    if source == "forward" and movers:  # DDIL: Alg. 1 line 3
         return forward_states(run.schedule, x, t, run.noise)[0], t
     z = torch.randn(n, *latent_shape(run.pipes["teacher"]), generator=run.noise, device=run.noise.device)
     return backward_states(run, nets, movers, z, cond), t  # z at 999 is pure noise for every source
@@ -519,7 +519,7 @@ def update_all(run: Run, nets: Networks, prior: SamplingPrior, student: Trained,
     parts = len(priors_of(run.args)["forward"])
     part = part_of(run.progress["total"], updates_of(run.args), parts)
     for i in range(run.args.fake_updates):
-        source = prior.draw(part)  # Alg. 1 line 2: one for the mini-batch, the same on all ranks
+        source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the mini-batch, the same on all ranks
         movers = draw_movers(run, source, part, draw_transitions(run, i))
         iterate(run, nets, source, movers, student, critic, update_student=i == 0)
 
