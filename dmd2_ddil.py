@@ -180,9 +180,7 @@ def matching_gradient(
     return (x_fake - x_real) / scale.clamp(min=1e-3), *estimates  # finite even where the generator is perfect
 
 
-def gan_gradient(
-    schedule: NoiseSchedule, judge: Judge, x_g: Tensor, cond: dict, generator
-) -> tuple[Tensor, Tensor]:
+def gan_gradient(schedule: NoiseSchedule, judge: Judge, x_g: Tensor, cond: dict, generator) -> tuple[Tensor, Tensor]:
     """(gradient at x_g, losses [B]) of softplus(-judge), on x_g noised to any level. Leaves the critic's gradients alone."""
     x_g = x_g.detach().requires_grad_(True)
     t = torch.randint(len(schedule.alpha) - 1, (len(x_g),), generator=generator, device=x_g.device)
@@ -198,8 +196,8 @@ def student_step(
     tau = torch.randint(TAU[0], TAU[1] + 1, (len(x_g),), generator=generator, device=x_g.device)
     g, x_real, x_fake = matching_gradient(schedule, real, fake, x_g, tau, cond, support, generator)
     losses = 0.5 * (x_g - (x_g - g).detach()).pow(2).mean(dim=(1, 2, 3))  # its gradient at x_g is g over C h w
-    notes = dict(loss_matching=losses.detach(), moved_real=moved_fraction(x_real, support), moved_fake=moved_fraction(x_fake, support),
-                 matching_norm=g.flatten(1).norm(dim=1) / g[0].numel())  # fmt: skip
+    notes = dict(loss_matching=losses.detach(), matching_norm=g.flatten(1).norm(dim=1) / g[0].numel(),
+                 moved_real=moved_fraction(x_real, support), moved_fake=moved_fraction(x_fake, support))  # fmt: skip
     if judge is not None:
         g, gan_losses = gan_gradient(schedule, judge, x_g, cond, generator)
         losses = losses + gan_weight * (x_g * g).sum(dim=(1, 2, 3))  # linear in x_g: has the GAN's gradient there
@@ -208,8 +206,9 @@ def student_step(
 
 
 def critic_step(
-    schedule: NoiseSchedule, fake: Model, judge: Judge | None, x_g: Tensor, x: Tensor | None, cond: dict, gan_weight: float, generator
-) -> tuple[Tensor, dict[str, Tensor]]:
+    schedule: NoiseSchedule, fake: Model, judge: Judge | None, x_g: Tensor, x: Tensor | None, cond: dict, gan_weight: float,
+    generator,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The critic's losses on x_g and, with a judge, on real latents x: eps-MSE of the fake score; real against generated."""
     t = torch.randint(len(schedule.alpha) - 1, (len(x_g),), generator=generator, device=x_g.device)
     z_t, eps = forward_states(schedule, x_g, t, generator)
@@ -446,8 +445,10 @@ def backward_states(run: Run, nets: Networks, movers: list[str], z: Tensor, cond
     return z
 
 
-def student_input(run: Run, nets: Networks, source: str, movers: list[str], x: Tensor | None, cond: dict) -> tuple[Tensor, Tensor]:
-    """(z_t, t) on which the student is trained (Alg. 1 lines 3 to 5), as many transitions down its timesteps as there are movers."""
+def student_input(
+    run: Run, nets: Networks, source: str, movers: list[str], x: Tensor | None, cond: dict
+) -> tuple[Tensor, Tensor]:
+    """(z_t, t) on which the student is trained, as far down its timesteps as there are movers (Alg. 1 lines 3 to 5)."""
     n, t = len(cond["w"]), torch.full_like(cond["w"], run.timesteps[len(movers)], dtype=torch.long)
     if source == "forward" and movers:  # DDIL: Alg. 1 line 3
         return forward_states(run.schedule, x, t, run.noise)[0], t
@@ -475,7 +476,9 @@ def finish_update(run: Run, trained: Trained, who: str) -> None:
     trained.optimizer.zero_grad()
 
 
-def iterate(run: Run, nets: Networks, source: str, movers: list[str], student: Trained, critic: Trained, update_student: bool) -> None:
+def iterate(
+    run: Run, nets: Networks, source: str, movers: list[str], student: Trained, critic: Trained, update_student: bool
+) -> None:
     """One update of the critic, before it one of the student if asked for; both on what the student generates from states
     of one source. Raises FloatingPointError on a non-finite loss."""
     args, schedule, accelerator, noise = run.args, run.schedule, run.accelerator, run.noise
@@ -495,7 +498,8 @@ def iterate(run: Run, nets: Networks, source: str, movers: list[str], student: T
                                              args.gan_weight, noise)  # fmt: skip
                 backward(run, losses, "student")
                 run.progress["forwards"] += ENCODER * len(losses) * (nets.judge is not None)  # the GAN's gradient at x_g
-                run.note(notes | {f"loss_matching_{what}": notes["loss_matching"] for what in (origin, f"t{run.timesteps[len(movers)]}")})
+                columns = f"loss_matching_{origin}", f"loss_matching_t{run.timesteps[len(movers)]}"
+                run.note(notes | dict.fromkeys(columns, notes["loss_matching"]))
         made.append((x_g.detach(), x, cond))  # the one forward feeds both updates
         run.note(dict(moved_student=moved_fraction(x_hat.detach(), run.support), x_g_mean=x_g.detach().mean(dim=(1, 2, 3)),
                       x_g_std=x_g.detach().std(dim=(1, 2, 3))))  # fmt: skip
@@ -589,7 +593,8 @@ def grid_rows(run: Run, sample: Callable[[Tensor, dict, torch.Generator], Tensor
     n, device = min(8, len(run.held_out)), run.accelerator.device
     ids = run.prompts.tokenize([run.held_out[i * len(run.held_out) // n] for i in range(n)])
     z, noise = noise_of(range(n), latent_shape(run.pipes["teacher"]), seed=1), torch.Generator(device).manual_seed(1)
-    return torch.cat([sample(z[rows].to(device), run.cond_of(ids[rows]), noise) for rows in torch.arange(n).split(run.args.batch_size)])
+    parts = torch.arange(n).split(run.args.batch_size)
+    return torch.cat([sample(z[rows].to(device), run.cond_of(ids[rows]), noise) for rows in parts])
 
 
 @torch.no_grad()
@@ -615,10 +620,11 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
     """Teacher, student and critic, the latter two under the engine; from a checkpoint if there is one."""
     args, accelerator, device, pipes = run.args, run.accelerator, run.accelerator.device, run.pipes
     prediction_type = {name: pipe.scheduler.config.prediction_type for name, pipe in pipes.items()}
-    student_unet, fake_unet = (copy.deepcopy(pipes[name].unet).to(device).requires_grad_(True).train() for name in ("student", "fake"))
-    if args.gradient_checkpointing:
-        student_unet.enable_gradient_checkpointing()
-        fake_unet.enable_gradient_checkpointing()
+    student_unet, fake_unet = (copy.deepcopy(pipes[name].unet).to(device) for name in ("student", "fake"))
+    for unet in (student_unet, fake_unet):
+        unet.requires_grad_(True).train()
+        if args.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(args.seed, "head"))  # alike on all ranks
         critic_module = Critic(fake_unet, make_head(fake_unet).to(device) if args.gan_weight else None)
@@ -686,8 +692,8 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     dataset, held_out = load_images(args.data, need_images=False)
     has_images = "image" in dataset.column_names
     if needs_images(args) and not has_images:
-        raise SystemExit(f"--data {args.data}: has no images, which --gan_weight {args.gan_weight} and --p_forward {args.p_forward} need; "
-                         "give images, or 0 for both")  # fmt: skip
+        raise SystemExit(f"--data {args.data}: has no images, which --gan_weight {args.gan_weight} and --p_forward "
+                         f"{args.p_forward} need; give images, or 0 for both")  # fmt: skip
     if args.reflect == "measured" and not has_images:
         raise SystemExit(f"--reflect measured: --data {args.data} has no images to measure; give a radius, or none")
     if args.dry_run or args.check_data:
@@ -706,9 +712,9 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     metrics = Metrics(
         out / "metrics.csv", ["total_updates", "unet_forwards", "lr", "seconds"],
         ["loss_matching", *[f"loss_matching_{origin}" for origin in ORIGINS], *[f"loss_matching_t{t}" for t in timesteps],
-         "loss_fake", *[f"loss_fake_{origin}" for origin in ORIGINS], "loss_gan", "loss_judge", "matching_norm", "gan_norm", "grad_norm_student", "grad_norm_critic",
-         "logit_real", "logit_generated", "x_mean", "x_g_mean", "x_std", "x_g_std", "moved_real", "moved_fake",
-         "moved_student"], device,
+         "loss_fake", *[f"loss_fake_{origin}" for origin in ORIGINS], "loss_gan", "loss_judge", "matching_norm", "gan_norm",
+         "grad_norm_student", "grad_norm_critic", "logit_real", "logit_generated", "x_mean", "x_g_mean", "x_std", "x_g_std",
+         "moved_real", "moved_fake", "moved_student"], device,
     )  # fmt: skip
     run = Run(
         args, accelerator, pipes, schedule, timesteps, timestep_grid(args.teacher_steps, "trailing"),

@@ -1,5 +1,6 @@
 """dmd2_ddil.py: its gradients against closed forms, the run against a short independent loop and against stock diffusers."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -515,15 +516,17 @@ def plain_dmd2(student, critic, real, batches, schedule, noise, lr, ratio, weigh
 @pytest.mark.parametrize("seed", [3])
 def test_plain_dmd2_equals_a_short_independent_loop(teacher_folder, data_folder, tmp_path, seed):
     """--p_student 1 through all of the script, bit for bit. (GAN weights are powers of two: multiplying by one is exact.)"""
-    flags = "--p_student", 1, "--reflect", "none", "--seed", seed, "--gan_weight", 2**-7, "--critic_gan_weight", 2**-6, "--no-lr_decay"
+    weights = 2**-7, 2**-6
+    flags = "--p_student", 1, "--reflect", "none", "--seed", seed, "--no-lr_decay", "--gan_weight", weights[0]
+    flags += "--critic_gan_weight", weights[1]
     dmd2_here(*command(tmp_path / "run", teacher_folder, data_folder, *flags))
     pipe, (dataset, _) = load_pipeline(str(teacher_folder)), load_images(str(data_folder))
     schedule, prompts, noise = load_schedule(pipe), PromptEncoder(pipe, "cpu"), seeded(seed_of(seed, "rank", 0))
     data = LatentData(dataset, pipe, prompts, 4, seed, 0, 1, noise, cache=True)
     unets = [copy.deepcopy(pipe.unet).requires_grad_(True).train() for _ in range(2)]
     torch.manual_seed(seed_of(seed, "head"))
-    student, critic = (UNetModel(unet, schedule, "epsilon", torch.enable_grad) for unet in (unets[0], Critic(unets[1], make_head(unets[1]))))
-    student.autocast = critic.autocast = lambda: torch.autocast("cpu", enabled=False)
+    modules = unets[0], Critic(unets[1], make_head(unets[1]))
+    student, critic = (UNetModel(module, schedule, "epsilon", contextlib.nullcontext) for module in modules)
     real = with_guidance(UNetModel(pipe.unet, schedule, "epsilon", torch.no_grad), prompts.null())
 
     def batches():
@@ -532,7 +535,7 @@ def test_plain_dmd2_equals_a_short_independent_loop(teacher_folder, data_folder,
             k = torch.randint(4, (), generator=seeded(seed_of(seed, "transitions", i // 2, i % 2))).item()
             yield x, prompts.encode(ids) | {"w": torch.full((4,), 3.0)}, k
 
-    plain_dmd2(student, critic, real, batches(), schedule, noise, 1e-3, 2, (2**-7, 2**-6))
+    plain_dmd2(student, critic, real, batches(), schedule, noise, 1e-3, 2, weights)
     saved = weights_of(tmp_path / "run" / "pipeline")
     assert all(torch.equal(saved[name], weight) for name, weight in student.unet.state_dict().items())
     kept = load_state(last_checkpoint(tmp_path / "run" / "checkpoints") / "critic.pt")
@@ -649,8 +652,8 @@ def test_dmd2_on_two_processes(tmp_path, teacher_folder, data_folder, batch_size
 
     pipe = load_pipeline(str(teacher_folder))
     torch.manual_seed(seed_of(0, "head"))
-    fake = UNetModel(Critic(pipe.unet.requires_grad_(True), make_head(pipe.unet)), load_schedule(pipe), "epsilon",
-                     lambda: torch.autocast("cpu", enabled=False))  # fmt: skip
+    module = Critic(pipe.unet.requires_grad_(True), make_head(pipe.unet))
+    fake = UNetModel(module, load_schedule(pipe), "epsilon", contextlib.nullcontext)
     for rank, i in itertools.product((first, second), range(2 // batch_size)):
         noise, (x_g, x, cond) = torch.Generator(), (rank[name][i] for name in ("x_g", "x", "cond"))
         noise.set_state(rank["noise"][i])
@@ -743,10 +746,12 @@ def test_networks_that_predict_different_things(tmp_path, gc_folder, data_folder
 @pytest.mark.parametrize("flags", [
     "--student_steps 3", "--student_steps 0", "--student_steps 1000", "--teacher_steps 30", "--teacher_steps 0",
     "--p_forward .5 --p_student .2 --p_teacher .2", "--p_student 1.5", "--p_teacher -0.5", "--p_student nan",
-    "--p_forward .5 .6 .7 --p_teacher .1 .2", "--fake_updates 0", "--gan_weight -1", "--critic_gan_weight nan", "--guidance_scale -1",
+    "--p_forward .5 .6 .7 --p_teacher .1 .2", "--fake_updates 0", "--gan_weight -1", "--critic_gan_weight nan",
+    "--guidance_scale -1",
     "--learning_rate 0", "--learning_rate nan", "--updates 0", "--global_batch_size 5 --batch_size 2", "--batch_size 0",
     "--reflect 0", "--reflect sometimes", "--recipe sd21", "--recipe ssd1b", "--data no/such/folder", "--warmup -1",
-    "--teacher no/such/folder", "--critic_gan_weight 0", "--student_init no/such/folder", "--fake_init no/such/folder", "--report_to nonsense",
+    "--teacher no/such/folder", "--critic_gan_weight 0", "--student_init no/such/folder", "--fake_init no/such/folder",
+    "--report_to nonsense",
 ])  # fmt: skip
 def test_bad_dmd2_flag_is_named(flags, tmp_path, teacher_folder, data_folder):
     base = ["--data", data_folder] if "ssd1b" in flags else ["--teacher", teacher_folder, "--data", data_folder]
