@@ -913,6 +913,18 @@ def noting(model: Model, schedule: NoiseSchedule, support: Support, metrics: Met
     return noted
 
 
+def reflect_warning(threshold: str, moved: dict[str, float], is_last: bool) -> str:
+    """What to say if `reflect` moves over a fifth of somebody's x estimates or, by the last of the logs, none; else "" [D15]."""
+    if max(moved.values()) > 0.2:
+        what = "it distorts; take a wider range"
+    elif is_last and not any(moved.values()):
+        what = "it does nothing"
+    else:
+        return ""
+    shares = ", ".join(f"{share:.1%} of the {who}'s" for who, share in moved.items())
+    return f"warning: --reflect {threshold} moved {shares} x estimates: {what}"
+
+
 def rank_state(run) -> dict:
     """This rank's own part of a checkpoint: generators, place in the data, metrics, support, fp16's scaler."""
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}

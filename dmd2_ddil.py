@@ -45,9 +45,10 @@ from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
     accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, consistency_function,
     consistency_rollout, create_output_dir, eps_from_v, fingerprint, forward_states, last_checkpoint, latent_shape,
-    learning_rate, load_images, load_pipeline, load_schedule, load_state, moved_fraction, noise_of, part_of, priors_of, rank_state,
-    reflect, refuse_changes, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator,
-    student_rollout, support_of, teacher_rollout, text_encoders, timestep_grid, updates_of, with_guidance, x_from_v,
+    learning_rate, load_images, load_pipeline, load_schedule, load_state, moved_fraction, noise_of, part_of, priors_of,
+    rank_state, reflect, reflect_warning, refuse_changes, resolve, restore_rank, save_checkpoint, save_grid,
+    save_pipeline, seed_of, start_accelerator, student_rollout, support_of, teacher_rollout, text_encoders, timestep_grid,
+    updates_of, with_guidance, x_from_v,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -559,10 +560,11 @@ def train(run: Run, nets: Networks, prior: SamplingPrior, student: Trained, crit
                     tqdm.write("{}/{} matching {loss_matching:.4f} fake {loss_fake:.4f} std of x_g {x_g_std:.2f}".format(
                         update + 1, updates, **means) + (f", of data {means['x_std']:.2f}" if "x_std" in means else "")
                         + f" lr {lr:.1e}")  # fmt: skip
-                    moved = {name: means[f"moved_{name}"] for name in ("real", "fake", "student")}
-                    if update + 1 == updates and run.support and not 0 < max(moved.values()) <= 0.2:
-                        tqdm.write(f"warning: --reflect {args.reflect} moved these shares of the x estimates: {moved}; "
-                                   + ("it does nothing" if not any(moved.values()) else "it distorts; take a wider range"))  # fmt: skip
+                    is_first, is_last = progress["total"] <= args.log_every, update + 1 == updates
+                    if run.support and (is_first or is_last):
+                        moved = {who: means[f"moved_{who}"] for who in ("real", "fake", "student")}
+                        if warning := reflect_warning(args.reflect, moved, is_last):
+                            tqdm.write(warning)
             stop, due = run.stop.agreed(accelerator), progress["total"] % args.save_every == 0 or update + 1 == updates
             if stop or due:
                 save(run, student=student.network, student_optimizer=student.optimizer, critic=critic.network,

@@ -42,9 +42,9 @@ from common import (
     accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, consistency_function,
     consistency_rollout, create_output_dir, ddim_step, drop_prompts, fingerprint, forward_states, last_checkpoint,
     latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, noise_of, noting, part_of,
-    priors_of, rank_state, refuse_changes, replace_folder, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline,
-    seed_of, select, start_accelerator, student_rollout, support_of, teacher_rollout, text_encoders, timestep_grid,
-    updates_of, with_guidance, with_w_embedding,
+    priors_of, rank_state, reflect_warning, refuse_changes, replace_folder, resolve, restore_rank, save_checkpoint,
+    save_grid, save_pipeline, seed_of, select, start_accelerator, student_rollout, support_of, teacher_rollout,
+    text_encoders, timestep_grid, updates_of, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -417,11 +417,11 @@ def train(run: Run, nets: Networks, prior: SamplingPrior, trained, optimizer) ->
                 accelerator.log(means, step=progress["total"])
                 if accelerator.is_main_process:
                     tqdm.write(f"part {part + 1}: {update + 1}/{updates} loss {means['loss']:.4f} lr {lr:.1e}")
-                    moved = means["moved_by_reflect"], means.get("moved_in_target", 0.0)
-                    if update + 1 == updates and run.support and not 0 < max(moved) <= 0.2:
-                        tqdm.write("warning: --reflect {} moved {:.1%} of the teacher's x estimates and {:.1%} of the target's: "
-                                   .format(args.reflect, *moved)
-                                   + ("it does nothing" if max(moved) == 0 else "it distorts; take a wider range"))  # fmt: skip
+                    is_first, is_last = progress["total"] <= args.log_every, update + 1 == updates
+                    if run.support and (is_first or is_last):
+                        moved = {"teacher": means["moved_by_reflect"], "target": means.get("moved_in_target", 0.0)}
+                        if warning := reflect_warning(args.reflect, moved, is_last):
+                            tqdm.write(warning)
             stop, due = run.stop.agreed(accelerator), progress["total"] % args.save_every == 0 or update + 1 == updates
             if stop or due:
                 save(run, student=trained, optimizer=optimizer, **({} if nets.ema is None else {"target": nets.ema}))

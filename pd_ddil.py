@@ -38,12 +38,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import (
-    CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, TrajectoryBuffer,
-    UNetModel, accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, create_output_dir, ddim_step,
-    drop_prompts, fingerprint, forward_states, last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline,
-    load_schedule, load_state, mixed_rollout, noise_of, noting, rank_state, reflect_v, refuse_changes, resolve,
-    restore_rank, rotation, save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator, student_rollout,
-    support_of, text_encoders, timestep_grid, with_guidance, with_w_embedding,
+    CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
+    TrajectoryBuffer, UNetModel, accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags,
+    create_output_dir, ddim_step, drop_prompts, fingerprint, forward_states, last_checkpoint, latent_shape, learning_rate,
+    load_images, load_pipeline, load_schedule, load_state, mixed_rollout, noise_of, noting, rank_state, reflect_v,
+    reflect_warning, refuse_changes, resolve, restore_rank, rotation, save_checkpoint, save_grid, save_pipeline, seed_of,
+    start_accelerator, student_rollout, support_of, text_encoders, timestep_grid, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -475,10 +475,10 @@ def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: Samplin
                 accelerator.log({f"{phase.name}/{name}": mean for name, mean in means.items()}, step=progress["total"])
                 if accelerator.is_main_process:
                     tqdm.write(f"{phase.name} part {part + 1}: {update + 1}/{updates} loss {means['loss']:.4f} lr {lr:.1e}")
-                    moved = means.get("moved_by_reflect", 0.1)
-                    if update + 1 == updates and run.support and not 0 < moved <= 0.2:
-                        tqdm.write(f"warning: --reflect {args.reflect} moved {moved:.1%} of the teacher's x estimates: "
-                                   + ("it does nothing" if moved == 0 else "it distorts; take a wider range"))  # fmt: skip
+                    is_first, is_last = update < args.log_every, update + 1 == updates
+                    if run.support and (is_first or is_last) and "moved_by_reflect" in means:
+                        if warning := reflect_warning(args.reflect, {"teacher": means["moved_by_reflect"]}, is_last):
+                            tqdm.write(warning)
             stop, due = run.stop.agreed(accelerator), progress["total"] % args.save_every == 0 and update + 1 < updates
             if stop or due:
                 save(run, student=trained, optimizer=optimizer)

@@ -15,9 +15,10 @@ from diffusers import (
 import common
 from common import (
     CLEAN, LatentData, NoiseSchedule, PromptEncoder, SamplingPrior, TrajectoryBuffer, add_noise, check_images,
-    combine_guidance, consistency_function, consistency_rollout, ddim_step, drop_prompts, eps_from_v, forward_states, guidance_embedding, load_images, load_pipeline, load_schedule,
-    measure_support, mixed_rollout, moved_fraction, noise_of, reflect, rotation, student_rollout, teacher_rollout,
-    timestep_grid, v_from_prediction, x_from_v,
+    combine_guidance, consistency_function, consistency_rollout, ddim_step, drop_prompts, eps_from_v, forward_states,
+    guidance_embedding, load_images, load_pipeline, load_schedule, measure_support, mixed_rollout, moved_fraction,
+    noise_of, reflect, reflect_warning, rotation, student_rollout, teacher_rollout, timestep_grid, v_from_prediction,
+    x_from_v,
 )  # fmt: skip
 
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -298,6 +299,13 @@ def test_moved_fraction():
     assert moved_fraction(x_hat, box(1.0)) == 3 / 8
     assert moved_fraction(x_hat, box(3.0)) == 0
     assert moved_fraction(x_hat, None) == 0
+
+
+def test_reflect_that_distorts_or_does_nothing_is_warned_of():
+    warn = lambda *shares, is_last=True: reflect_warning("3", dict(zip(("teacher", "target"), shares)), is_last)  # noqa: E731
+    assert "distorts" in warn(0.1, 0.25, is_last=False) and "25.0% of the target's" in warn(0.1, 0.25)
+    assert "does nothing" in warn(0.0, 0.0) and not warn(0.0, 0.0, is_last=False)
+    assert not warn(0.0, 0.01) and not warn(0.2, 0.2)
 
 
 def test_measured_support_leaves_the_tails_out():

@@ -25,8 +25,8 @@ from test_common import MEAN, SD64, SHAPE, STD, box, max_error, nonlinear_model,
 import dmd2_ddil
 from common import (
     CLEAN, LatentData, PromptEncoder, UNetModel, add_noise, consistency_function, consistency_rollout, ddim_step,
-    last_checkpoint, learning_rate, load_images, load_pipeline, load_schedule, load_state, reflect, seed_of, timestep_grid,
-    with_guidance,
+    last_checkpoint, learning_rate, load_images, load_pipeline, load_schedule, load_state, reflect, seed_of,
+    timestep_grid, with_guidance,
 )  # fmt: skip
 from dmd2_ddil import (
     Critic, GANHead, backward_states, critic_step, draw_movers, draw_transitions, gan_gradient, make_head, matching_gradient,
