@@ -231,24 +231,23 @@ def open_dmd2(folder: Path, *flags: str):
     return run, *dmd2_ddil.prepare(run, None)
 
 
-def dmd2_ddil_over_plain(rounds: int = 3) -> None:
+def dmd2_ddil_over_plain(name: str, folder: Path, flags: list[str], rounds: int) -> None:
     """Iterations of each source, length of trajectory and kind in turn; a run's time follows from their shares."""
-    with tempfile.TemporaryDirectory() as folder:
-        run, nets, student, critic = open_dmd2(Path(folder))
-        cost, ratio = {source: torch.zeros(2) for source in ("student", "teacher")}, run.args.fake_updates
-        for round in range(-1, rounds):
-            for transitions in range(len(run.timesteps)):
-                for update_student, weight in ((True, 1), (False, ratio - 1)):
-                    for source in cost:
-                        before = run.progress["forwards"]
-                        inputs = run, nets, source, [source] * transitions, student, critic, update_student
-                        elapsed = seconds(dmd2_ddil.iterate, *inputs)
-                        if round >= 0:  # one to warm up
-                            cost[source] += weight * torch.tensor([elapsed, run.progress["forwards"] - before])
-        priors = {source: values[0] for source, values in dmd2_ddil.priors_of(run.args).items() if source in cost}
-        ratios = sum(priors[source] * cost[source] for source in cost) / cost["student"]
-        for unit, value in zip(("time", "forwards"), ratios.tolist()):
-            report(f"dmd2.ddil_over_plain.{unit}", value)
+    run, nets, student, critic = open_dmd2(folder, *flags)
+    cost, ratio = {source: torch.zeros(2) for source in ("student", "teacher")}, run.args.fake_updates
+    for round in range(-1, rounds):
+        for transitions in range(len(run.timesteps)):
+            for update_student, weight in ((True, 1), (False, ratio - 1)):
+                for source in cost:
+                    before = run.progress["forwards"]
+                    inputs = run, nets, source, [source] * transitions, student, critic, update_student
+                    elapsed = seconds(dmd2_ddil.iterate, *inputs)
+                    if round >= 0:  # one to warm up
+                        cost[source] += weight * torch.tensor([elapsed, run.progress["forwards"] - before])
+    priors = {source: values[0] for source, values in dmd2_ddil.priors_of(run.args).items() if source in cost}
+    ratios = sum(priors[source] * cost[source] for source in cost) / cost["student"]
+    for unit, value in zip(("time", "forwards"), ratios.tolist()):
+        report(f"dmd2.ddil_over_plain.{name}.{unit}", value)
 
 
 def dmd2_update_over_unet(name: str, folder: Path, flags: list[str], rounds: int, with_optimizer: bool) -> None:
@@ -256,7 +255,7 @@ def dmd2_update_over_unet(name: str, folder: Path, flags: list[str], rounds: int
     guided teacher, fake score and the GAN's gradient through the encoder; the critic's two losses."""
     run, nets, student, critic = open_dmd2(folder, *flags)
     network, module = nets.counted[0], critic.network
-    x, cond = run.batch()
+    x, cond = run.batch("forward")
     prompt, t = cond["prompt"], torch.full((len(x),), 499)
     twice = [torch.cat([value, value]) for value in (x, t, prompt)]
 
@@ -289,17 +288,16 @@ def dmd2_update_over_unet(name: str, folder: Path, flags: list[str], rounds: int
     report(f"dmd2.update_over_unet.{name}", ours / theirs)
 
 
-def dmd2_tiny_update() -> None:
+def dmd2_tiny(benchmark, *args) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        dmd2_update_over_unet("tiny", Path(folder), [], 30, with_optimizer=False)
+        benchmark("tiny", Path(folder), [], *args)
 
 
-def dmd2_mid_update() -> None:
+def dmd2_mid(benchmark, *args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         mid_teacher(folder / "teacher")
-        flags = ["--data", str(few_images(folder / "data")), "--global_batch_size", "4"]
-        dmd2_update_over_unet("mid", folder, flags, 6, with_optimizer=True)
+        benchmark("mid", folder, ["--data", str(few_images(folder / "data")), "--global_batch_size", "4"], *args)
 
 
 def peak_memory() -> None:
@@ -328,9 +326,10 @@ BENCHMARKS = {
     "lcm.update_over_unet.tiny": lcm_tiny_update,
     "lcm.update_over_unet.mid": lcm_mid_update,
     "lcm.networks": lcm_networks,
-    "dmd2.ddil_over_plain": dmd2_ddil_over_plain,
-    "dmd2.update_over_unet.tiny": dmd2_tiny_update,
-    "dmd2.update_over_unet.mid": dmd2_mid_update,
+    "dmd2.ddil_over_plain.tiny": lambda: dmd2_tiny(dmd2_ddil_over_plain, 3),
+    "dmd2.ddil_over_plain.mid": lambda: dmd2_mid(dmd2_ddil_over_plain, 1),
+    "dmd2.update_over_unet.tiny": lambda: dmd2_tiny(dmd2_update_over_unet, 30, False),
+    "dmd2.update_over_unet.mid": lambda: dmd2_mid(dmd2_update_over_unet, 6, True),
 }
 
 if __name__ == "__main__":
