@@ -80,6 +80,11 @@ def forward_states(schedule: NoiseSchedule, x: Tensor, t: Tensor, generator: tor
     return add_noise(schedule, x, eps, t), eps
 
 
+def any_timesteps(schedule: NoiseSchedule, n: int, generator: torch.Generator) -> Tensor:
+    """t ~ U{0, ..., T - 1}, [n]."""
+    return torch.randint(len(schedule.alpha) - 1, (n,), generator=generator, device=generator.device)
+
+
 def x_from_v(schedule: NoiseSchedule, z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """x_hat = alpha_t z_t - sigma_t v."""
     alpha_t, sigma_t = schedule.at(t)
@@ -518,12 +523,13 @@ def load_images(name: str, flag: str = "--data", need_images: bool = True):
     train = splits["train"] if "train" in splits else next(iter(splits.values()))
     images = [c for c, f in train.features.items() if isinstance(f, datasets.Image)]
     captions = [c for c in ("caption", "text", "txt", "prompt") if c in train.features]
-    if (need_images and not images) or not captions:
-        missing = "images" if need_images and not images else "captions (a column caption, text, txt or prompt)"
-        raise SystemExit(f"{flag} {name}: has no {missing}; its columns are {list(train.features)}")
+    missing = ["images"] * (need_images and not images)
+    missing += ["captions (a column caption, text, txt or prompt)"] * (not captions)
+    if missing:
+        raise SystemExit(f"{flag} {name}: has no {missing[0]}; its columns are {list(train.features)}")
 
     def columns(split):
-        names = dict(zip([*images[:1], captions[0]], ["image"] * bool(images) + ["caption"]))
+        names = dict.fromkeys(images[:1], "image") | {captions[0]: "caption"}
         return split.select_columns(list(names)).rename_columns(names)
 
     held_out = next((splits[s] for s in ("test", "validation") if s in splits), None)

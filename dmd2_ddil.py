@@ -5,7 +5,6 @@ DMD2: Improved Distribution Matching Distillation for Fast Image Synthesis, arXi
 
     laptop, minutes     accelerate launch dmd2_ddil.py
     one GPU             accelerate launch --mixed_precision bf16 dmd2_ddil.py --recipe ssd1b --teacher PIPELINE --data IMAGES
-                        --batch_size 1
     seven GPUs          accelerate launch --multi_gpu --num_processes 7 --mixed_precision bf16 dmd2_ddil.py --recipe ssd1b ...
 
 paper                                            code
@@ -43,7 +42,7 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, consistency_function,
+    accumulation_of, any_timesteps, betas_of, check_images, check_output_dir, check_shared_flags, consistency_function,
     consistency_rollout, create_output_dir, eps_from_v, fingerprint, forward_states, last_checkpoint, latent_shape,
     learning_rate, load_images, load_pipeline, load_schedule, load_state, moved_fraction, noise_of, part_of, priors_of,
     rank_state, reflect, reflect_warning, refuse_changes, resolve, restore_rank, save_checkpoint, save_grid,
@@ -184,7 +183,7 @@ def matching_gradient(
 def gan_gradient(schedule: NoiseSchedule, judge: Judge, x_g: Tensor, cond: dict, generator) -> tuple[Tensor, Tensor]:
     """(gradient at x_g, losses [B]) of softplus(-judge), on x_g noised to any level. Leaves the critic's gradients alone."""
     x_g = x_g.detach().requires_grad_(True)
-    t = torch.randint(len(schedule.alpha) - 1, (len(x_g),), generator=generator, device=x_g.device)
+    t = any_timesteps(schedule, len(x_g), generator)
     losses = F.softplus(-judge(forward_states(schedule, x_g, t, generator)[0], t, cond))
     return torch.autograd.grad(losses.sum(), x_g)[0], losses.detach()
 
@@ -211,12 +210,12 @@ def critic_step(
     generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The critic's losses on x_g and, with a judge, on real latents x: eps-MSE of the fake score; real against generated."""
-    t = torch.randint(len(schedule.alpha) - 1, (len(x_g),), generator=generator, device=x_g.device)
+    t = any_timesteps(schedule, len(x_g), generator)
     z_t, eps = forward_states(schedule, x_g, t, generator)
     losses = (eps_from_v(schedule, z_t, fake(z_t, t, cond), t) - eps).pow(2).mean(dim=(1, 2, 3))
     notes = dict(loss_fake=losses.detach())
     if judge is not None:
-        t = torch.randint(len(schedule.alpha) - 1, (2 * len(x_g),), generator=generator, device=x_g.device)
+        t = any_timesteps(schedule, 2 * len(x_g), generator)
         z_t, _ = forward_states(schedule, torch.cat([x_g, x]), t, generator)
         generated, real = judge(z_t, t, {name: torch.cat([value, value]) for name, value in cond.items()}).chunk(2)
         gan_losses = F.softplus(generated) + F.softplus(-real)
@@ -425,12 +424,12 @@ def draw_transitions(run: Run, i: int) -> int:
 
 
 # DDIL: both models within one trajectory (sec. 4.2)
-def draw_movers(run: Run, source: str, part: int, transitions: int) -> list[str]:
+def draw_movers(run: Run, prior: SamplingPrior, source: str, part: int, transitions: int) -> list[str]:
     """Who makes each transition of a trajectory, alike on all ranks [D14]: the source or, with --mixed_rollout, anyone."""
     if not run.args.mixed_rollout or source == "forward":
         return [source] * transitions
-    priors = priors_of(run.args)
-    rate = priors["student"][part] / (priors["student"][part] + priors["teacher"][part])
+    p_student, p_teacher = (prior.priors[who][part] for who in ("student", "teacher"))
+    rate = p_student / (p_student + p_teacher)
     return ["student" if draw < rate else "teacher" for draw in torch.rand(transitions, generator=run.shared).tolist()]
 
 
@@ -521,11 +520,10 @@ def iterate(
 
 def update_all(run: Run, nets: Networks, prior: SamplingPrior, student: Trained, critic: Trained) -> None:
     """One update of the student and `fake_updates` of the critic, each from a source and to a timestep of its own."""
-    parts = len(priors_of(run.args)["forward"])
-    part = part_of(run.progress["total"], updates_of(run.args), parts)
+    part = part_of(run.progress["total"], updates_of(run.args), len(prior.priors["forward"]))
     for i in range(run.args.fake_updates):
         source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the mini-batch, the same on all ranks
-        movers = draw_movers(run, source, part, draw_transitions(run, i))
+        movers = draw_movers(run, prior, source, part, draw_transitions(run, i))
         iterate(run, nets, source, movers, student, critic, update_student=i == 0)
 
 
@@ -562,7 +560,8 @@ def train(run: Run, nets: Networks, prior: SamplingPrior, student: Trained, crit
                         + f" lr {lr:.1e}")  # fmt: skip
                     is_first, is_last = progress["total"] <= args.log_every, update + 1 == updates
                     if run.support and (is_first or is_last):
-                        moved = {who: means[f"moved_{who}"] for who in ("real", "fake", "student")}
+                        columns = {"real score": "moved_real", "fake score": "moved_fake", "student": "moved_student"}
+                        moved = {who: means[column] for who, column in columns.items()}
                         if warning := reflect_warning(args.reflect, moved, is_last):
                             tqdm.write(warning)
             stop, due = run.stop.agreed(accelerator), progress["total"] % args.save_every == 0 or update + 1 == updates
@@ -608,9 +607,8 @@ def save_samples(run: Run, nets: Networks) -> None:
         """[n, 3, C, h, w]: x_g of the last step, x_real, x_fake."""
         x_g = consistency_rollout(run.schedule, nets.rolling, z, [*run.timesteps, CLEAN], cond, noise)[-1]
         tau = torch.full((len(z),), 500, device=z.device)
-        z_tau, _ = forward_states(run.schedule, x_g, tau, noise)
-        scores = (x_from_v(run.schedule, z_tau, score(z_tau, tau, cond), tau) for score in (nets.real, nets.still_fake))
-        return torch.stack([x_g, *scores], dim=1)
+        _, x_real, x_fake = matching_gradient(run.schedule, nets.real, nets.still_fake, x_g, tau, cond, None, noise)
+        return torch.stack([x_g, x_real, x_fake], dim=1)
 
     if run.accelerator.is_main_process:
         names = f"student, {len(run.timesteps)} steps", "x_real of it", "x_fake of it"
@@ -649,8 +647,8 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
         trained[name] = Trained(*accelerator.prepare(module, optimizer))
 
     student, fake = model(trained["student"].network, "student"), model(trained["critic"].network, "fake")
-    rolling, still_fake = (model(accelerator.unwrap_model(trained[owner].network), name)
-                           for owner, name in (("student", "student"), ("critic", "fake")))  # fmt: skip
+    rolling = model(accelerator.unwrap_model(trained["student"].network), "student")
+    still_fake = model(accelerator.unwrap_model(trained["critic"].network), "fake")
     judge, still_judge = (judge_of(fake), judge_of(still_fake)) if args.gan_weight else (None, None)
     rows = {f"teacher, {len(grid)} steps":
             grid_rows(run, lambda z, cond, _: student_rollout(run.schedule, real, z, [*grid, CLEAN], cond)[-1])
@@ -670,7 +668,7 @@ def load_pipes(args) -> dict:
             check_fit(loaded[args.teacher], loaded[path], flag, path)
         pipes[name] = loaded[path]
     if args.gan_weight and pipes["fake"].unet.mid_block is None:
-        raise SystemExit(f"--fake_init {path}: its UNet has no mid block, which the GAN looks at; take --gan_weight 0")
+        raise SystemExit(f"--fake_init {args.fake_init or args.teacher}: its UNet has no mid block, which the GAN looks at; take --gan_weight 0")
     return pipes
 
 

@@ -39,11 +39,12 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
-    TrajectoryBuffer, UNetModel, accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags,
-    create_output_dir, ddim_step, drop_prompts, fingerprint, forward_states, last_checkpoint, latent_shape, learning_rate,
-    load_images, load_pipeline, load_schedule, load_state, mixed_rollout, noise_of, noting, rank_state, reflect_v,
-    reflect_warning, refuse_changes, resolve, restore_rank, rotation, save_checkpoint, save_grid, save_pipeline, seed_of,
-    start_accelerator, student_rollout, support_of, text_encoders, timestep_grid, with_guidance, with_w_embedding,
+    TrajectoryBuffer, UNetModel, accumulation_of, any_timesteps, betas_of, check_images, check_output_dir,
+    check_shared_flags, create_output_dir, ddim_step, drop_prompts, fingerprint, forward_states, last_checkpoint,
+    latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, mixed_rollout, noise_of, noting,
+    rank_state, reflect_v, reflect_warning, refuse_changes, resolve, restore_rank, rotation, save_checkpoint, save_grid,
+    save_pipeline, seed_of, start_accelerator, student_rollout, support_of, text_encoders, timestep_grid, with_guidance,
+    with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -153,7 +154,7 @@ def check_args(args) -> None:
 
 def v_step(schedule: NoiseSchedule, student: Model, x: Tensor, cond: dict, null: dict, generator) -> tuple[Tensor, Tensor]:
     """Phase (a), eps -> v: plain v-loss on data, some captions dropped so that the null prompt converts too [D18]."""
-    t = torch.randint(len(schedule.alpha) - 1, (len(x),), generator=generator, device=x.device)
+    t = any_timesteps(schedule, len(x), generator)
     cond = drop_prompts(cond, null, CAPTION_DROPOUT, generator)
     z_t, eps = forward_states(schedule, x, t, generator)
     alpha_t, sigma_t = schedule.at(t)
@@ -165,7 +166,7 @@ def guidance_step(
     schedule: NoiseSchedule, student: Model, guided: Model, x: Tensor, cond: dict, support: Support, generator
 ) -> tuple[Tensor, Tensor]:
     """Phase (b), guidance conditioning: one network learns the CFG output for every w (Meng et al., stage 1)."""
-    t = torch.randint(len(schedule.alpha) - 1, (len(x),), generator=generator, device=x.device)
+    t = any_timesteps(schedule, len(x), generator)
     z_t, _ = forward_states(schedule, x, t, generator)
     with torch.no_grad():
         v = reflect_v(schedule, z_t, guided(z_t, t, cond), t, support)  # DDIL: thresholding after CFG (App. A)

@@ -152,11 +152,28 @@ def update_over_unet(name: str, make_gc, flags: list[str], rounds: int, with_opt
         report(f"pd.update_over_unet.{name}", statistics.median(updates) / statistics.median(bares))
 
 
-def open_lcm(folder: Path, *flags: str):
-    """(run, nets, trained, optimizer) of lcm_ddil.py; folder/teacher, where there is one, is distilled."""
+def set_up(script, folder: Path, *flags: str):
+    """The run of lcm_ddil.py or dmd2_ddil.py; folder/teacher, where there is one, is distilled."""
     teacher = ["--teacher", str(folder / "teacher")] * (folder / "teacher").exists()
-    args = lcm_ddil.parse_args([*teacher, "--output_dir", str(folder / "run"), "--overwrite", *flags])
-    run = lcm_ddil.setup(args, Accelerator())
+    args = script.parse_args([*teacher, "--output_dir", str(folder / "run"), "--overwrite", *flags])
+    return script.setup(args, Accelerator())
+
+
+def on_tiny(benchmark, *args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark("tiny", Path(folder), [], *args)
+
+
+def on_mid(benchmark, *args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        mid_teacher(folder / "teacher")
+        benchmark("mid", folder, ["--data", str(few_images(folder / "data")), "--global_batch_size", "4"], *args)
+
+
+def open_lcm(folder: Path, *flags: str):
+    """(run, nets, trained, optimizer) of lcm_ddil.py."""
+    run = set_up(lcm_ddil, folder, *flags)
     return run, *lcm_ddil.prepare(run, run.pipe.unet, run.pipe.scheduler.config.prediction_type, None)
 
 
@@ -203,19 +220,6 @@ def lcm_update_over_unet(name: str, folder: Path, flags: list[str], rounds: int,
     report(f"lcm.update_over_unet.{name}", statistics.median(updates) / statistics.median(bares))
 
 
-def lcm_tiny_update() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        lcm_update_over_unet("tiny", Path(folder), [], 30, with_optimizer=False)
-
-
-def lcm_mid_update() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        mid_teacher(folder / "teacher")
-        flags = ["--data", str(few_images(folder / "data")), "--global_batch_size", "4"]
-        lcm_update_over_unet("mid", folder, flags, 8, with_optimizer=True)
-
-
 def lcm_networks() -> None:
     for decay in ("0.95", "0"):
         with tempfile.TemporaryDirectory() as folder:
@@ -224,10 +228,8 @@ def lcm_networks() -> None:
 
 
 def open_dmd2(folder: Path, *flags: str):
-    """(run, nets, student, critic) of dmd2_ddil.py; folder/teacher, where there is one, is distilled."""
-    teacher = ["--teacher", str(folder / "teacher")] * (folder / "teacher").exists()
-    args = dmd2_ddil.parse_args([*teacher, "--output_dir", str(folder / "run"), "--overwrite", *flags])
-    run = dmd2_ddil.setup(args, Accelerator())
+    """(run, nets, student, critic) of dmd2_ddil.py."""
+    run = set_up(dmd2_ddil, folder, *flags)
     return run, *dmd2_ddil.prepare(run, None)
 
 
@@ -288,18 +290,6 @@ def dmd2_update_over_unet(name: str, folder: Path, flags: list[str], rounds: int
     report(f"dmd2.update_over_unet.{name}", ours / theirs)
 
 
-def dmd2_tiny(benchmark, *args) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        benchmark("tiny", Path(folder), [], *args)
-
-
-def dmd2_mid(benchmark, *args) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        mid_teacher(folder / "teacher")
-        benchmark("mid", folder, ["--data", str(few_images(folder / "data")), "--global_batch_size", "4"], *args)
-
-
 def peak_memory() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -323,13 +313,13 @@ BENCHMARKS = {
     "pd.update_over_unet.mid": lambda: update_over_unet("mid", mid_gc, ["--global_batch_size", "4"], 8, with_optimizer=True),
     "pd.peak_memory": peak_memory,
     "lcm.ddil_over_plain": lcm_ddil_over_plain,
-    "lcm.update_over_unet.tiny": lcm_tiny_update,
-    "lcm.update_over_unet.mid": lcm_mid_update,
+    "lcm.update_over_unet.tiny": lambda: on_tiny(lcm_update_over_unet, 30, False),
+    "lcm.update_over_unet.mid": lambda: on_mid(lcm_update_over_unet, 8, True),
     "lcm.networks": lcm_networks,
-    "dmd2.ddil_over_plain.tiny": lambda: dmd2_tiny(dmd2_ddil_over_plain, 3),
-    "dmd2.ddil_over_plain.mid": lambda: dmd2_mid(dmd2_ddil_over_plain, 1),
-    "dmd2.update_over_unet.tiny": lambda: dmd2_tiny(dmd2_update_over_unet, 30, False),
-    "dmd2.update_over_unet.mid": lambda: dmd2_mid(dmd2_update_over_unet, 6, True),
+    "dmd2.ddil_over_plain.tiny": lambda: on_tiny(dmd2_ddil_over_plain, 3),
+    "dmd2.ddil_over_plain.mid": lambda: on_mid(dmd2_ddil_over_plain, 1),
+    "dmd2.update_over_unet.tiny": lambda: on_tiny(dmd2_update_over_unet, 30, False),
+    "dmd2.update_over_unet.mid": lambda: on_mid(dmd2_update_over_unet, 6, True),
 }
 
 if __name__ == "__main__":

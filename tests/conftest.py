@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import csv
 import importlib
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: nothing here may ask the network
@@ -22,6 +24,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+
+from common import last_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # these networks are too small for more; and the same number everywhere gives the same bits
@@ -53,6 +58,31 @@ def run_here(*args, script="pd_ddil.py") -> None:
     """The same as run_script in this process: no imports to wait for, and SystemExit can be caught."""
     with signals_kept():
         importlib.import_module(script.removesuffix(".py")).main([*map(str, args)])
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """metrics.csv of a run."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(pipeline: Path) -> dict:
+    """The UNet's of a saved pipeline."""
+    return load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def interrupt(script: str, folder: Path, number: signal.Signals, after_update: int, *flags) -> subprocess.Popen:
+    """Starts a run in `folder` and signals it as soon as it has saved `after_update`."""
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while process.poll() is None:
+        checkpoint = last_checkpoint(folder / "checkpoints")
+        if checkpoint and int(checkpoint.name) >= after_update:
+            process.send_signal(number)
+            break
+        time.sleep(0.005)
+    process.out, process.err = process.communicate(timeout=300)
+    return process
 
 
 def tiny_tokenizer(folder: Path):

@@ -7,25 +7,20 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, run_here, run_script, save_teacher, signals_kept, tiny_unet
-from datasets import load_dataset
+from conftest import interrupt, rows_of, run_here, run_script, save_teacher, signals_kept, tiny_unet, weights_of
 from diffusers import DiffusionPipeline, LCMScheduler
-from safetensors.torch import load_file
 from test_common import MEAN, SD64, SHAPE, STD, box, max_error, nonlinear_model, randn, seeded, student_model
 
 import dmd2_ddil
 from common import (
-    CLEAN, LatentData, PromptEncoder, UNetModel, add_noise, consistency_function, consistency_rollout, ddim_step,
-    last_checkpoint, learning_rate, load_images, load_pipeline, load_schedule, load_state, reflect, seed_of,
+    CLEAN, LatentData, PromptEncoder, SamplingPrior, UNetModel, add_noise, consistency_function, consistency_rollout,
+    ddim_step, last_checkpoint, learning_rate, load_images, load_pipeline, load_schedule, load_state, reflect, seed_of,
     timestep_grid, with_guidance,
 )  # fmt: skip
 from dmd2_ddil import (
@@ -45,15 +40,6 @@ def command(folder, teacher, data, *flags) -> list:
 
 def dmd2_here(*args) -> None:
     run_here(*args, script="dmd2_ddil.py")
-
-
-def weights_of(folder) -> dict:
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def rows_of(folder) -> list[dict]:
-    header, *lines = (folder / "metrics.csv").read_text().splitlines()
-    return [dict(zip(header.split(","), line.split(","))) for line in lines]
 
 
 # --- the gradient of distribution matching: everything is Gaussian, so that scores and divergences are known ---
@@ -301,14 +287,17 @@ def test_transitions_are_uniform_and_follow_the_seed(make_run):
 
 def test_the_source_moves(make_run):
     run, *_ = make_run()
-    assert draw_movers(run, "teacher", 0, 3) == ["teacher"] * 3 and draw_movers(run, "forward", 0, 2) == ["forward"] * 2
+    prior = SamplingPrior(run.shared, **dmd2_ddil.priors_of(run.args))
+    assert draw_movers(run, prior, "teacher", 0, 3) == ["teacher"] * 3
+    assert draw_movers(run, prior, "forward", 0, 2) == ["forward"] * 2
 
 
 def test_anyone_moves_in_a_mixed_rollout(make_run):
     run, *_ = make_run("--mixed_rollout", "--p_student", ".2", "--p_teacher", ".6", "--p_forward", ".2")
-    movers = [mover for _ in range(500) for mover in draw_movers(run, "teacher", 0, 3)]
+    prior = SamplingPrior(run.shared, **dmd2_ddil.priors_of(run.args))
+    movers = [mover for _ in range(500) for mover in draw_movers(run, prior, "teacher", 0, 3)]
     assert set(movers) == {"student", "teacher"} and abs(movers.count("student") / len(movers) - 0.25) < 0.05
-    assert draw_movers(run, "forward", 0, 2) == ["forward"] * 2
+    assert draw_movers(run, prior, "forward", 0, 2) == ["forward"] * 2
 
 
 def test_students_states_are_those_that_its_sampler_visits(make_run):
@@ -605,14 +594,8 @@ def assert_same_run(folder, reference) -> None:
 def test_killed_dmd2_resumes_as_if_unbroken(finished_dmd2, tmp_path, teacher_folder, data_folder):
     folder = tmp_path / "run"
     flags = command(folder, teacher_folder, data_folder, *ALL, "--save_every", 2)
-    process = subprocess.Popen([sys.executable, str(ROOT / "dmd2_ddil.py"), *map(str, flags)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    while process.poll() is None:
-        if last_checkpoint(folder / "checkpoints"):
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL
+    process = interrupt("dmd2_ddil.py", folder, signal.SIGKILL, 2, *flags)
+    assert process.returncode == -signal.SIGKILL
     saved = json.loads((last_checkpoint(folder / "checkpoints") / "progress.json").read_text())
     assert 2 <= saved["total"] < 6
     dmd2_here("--resume", "--output_dir", folder)

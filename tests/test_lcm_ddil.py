@@ -4,14 +4,11 @@ import copy
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, W_RANGE, run_here, run_script, save_teacher, signals_kept
+from conftest import W_RANGE, interrupt, rows_of, run_here, run_script, save_teacher, signals_kept, weights_of
 from datasets import Dataset, load_dataset
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -37,15 +34,6 @@ def command(folder, teacher, data, *flags) -> list:
 
 def lcm_here(*args) -> None:
     run_here(*args, script="lcm_ddil.py")
-
-
-def weights_of(folder) -> dict:
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def rows_of(folder) -> list[dict]:
-    header, *lines = (folder / "metrics.csv").read_text().splitlines()
-    return [dict(zip(header.split(","), line.split(","))) for line in lines]
 
 
 # --- the loss ---
@@ -443,14 +431,8 @@ def assert_same_run(folder, reference) -> None:
 def test_killed_lcm_resumes_as_if_unbroken(finished_lcm, tmp_path, teacher_folder, data_folder):
     folder = tmp_path / "run"
     flags = command(folder, teacher_folder, data_folder, *FLAGS, "--save_every", 3)
-    process = subprocess.Popen([sys.executable, str(ROOT / "lcm_ddil.py"), *map(str, flags)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    while process.poll() is None:
-        if last_checkpoint(folder / "checkpoints"):
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL
+    process = interrupt("lcm_ddil.py", folder, signal.SIGKILL, 3, *flags)
+    assert process.returncode == -signal.SIGKILL
     saved = json.loads((last_checkpoint(folder / "checkpoints") / "progress.json").read_text())
     assert 3 <= saved["total"] < 8
     lcm_here("--resume", "--output_dir", folder)

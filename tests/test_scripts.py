@@ -1,24 +1,20 @@
 """End to end: whole runs, killed runs, two processes, bad input, and README. The networks are random and tiny; what is
 checked is that everything fits together and that a run is the same run however it is interrupted."""
 
-import csv
 import importlib
 import json
 import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, SMALL, W_RANGE, run_here, run_script, save_images, save_teacher
+from conftest import ROOT, SMALL, W_RANGE, interrupt, rows_of, run_here, run_script, save_images, save_teacher, weights_of
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_common import max_error, randn
 from test_pd_ddil import joined_gradient
 
@@ -35,15 +31,6 @@ RATES = 1e-3, 5e-4  # before the halvings, and in them
 def command(folder, teacher, data, *flags) -> list:
     return ["--teacher", teacher, "--data", data, "--output_dir", folder, *SMALL, "--learning_rate", *RATES,
             "--max_updates", UPDATES, *flags]  # fmt: skip
-
-
-def rows_of(folder) -> list[dict]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def weights_of(stage) -> dict:
-    return load_file(stage / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def scale_weights(stage, factor: float) -> None:
@@ -212,20 +199,6 @@ def test_stock_diffusers_samples_the_same_images(run, stage, steps, request):
 # --- interrupted runs ---
 
 
-def interrupt(folder, number: signal.Signals, after_update: int, *flags) -> subprocess.Popen:
-    """Starts a run and signals it as soon as it has saved `after_update`."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "pd_ddil.py"), *map(str, command(folder, *flags))], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while process.poll() is None:
-        checkpoint = last_checkpoint(folder / "checkpoints")
-        if checkpoint and int(checkpoint.name) >= after_update:
-            process.send_signal(number)
-            break
-        time.sleep(0.005)
-    process.out, process.err = process.communicate(timeout=300)
-    return process
-
-
 def saved_progress(folder) -> dict:
     return json.loads((last_checkpoint(folder / "checkpoints") / "progress.json").read_text())
 
@@ -233,7 +206,7 @@ def saved_progress(folder) -> dict:
 def test_killed_run_resumes_as_if_unbroken(finished, tmp_path, teacher_folder, data_folder):
     """kill -9 in the middle of a stage, in its second part."""
     folder = tmp_path / "run"
-    process = interrupt(folder, signal.SIGKILL, 22, teacher_folder, data_folder, "--save_every", 11)
+    process = interrupt("pd_ddil.py", folder, signal.SIGKILL, 22, *command(folder, teacher_folder, data_folder, "--save_every", 11))
     assert process.returncode == -signal.SIGKILL
     saved = saved_progress(folder)
     assert saved["phase"] in (3, 4) and 22 <= saved["total"] < 7 * UPDATES
@@ -247,7 +220,7 @@ def test_killed_run_resumes_as_if_unbroken(finished, tmp_path, teacher_folder, d
 def test_terminated_run_saves_and_resumes(finished, tmp_path, teacher_folder, data_folder, capsys):
     """SIGTERM in guidance conditioning: saved at once, exit code 0, and whole after --resume."""
     folder = tmp_path / "run"
-    process = interrupt(folder, signal.SIGTERM, 7, teacher_folder, data_folder, "--save_every", 7)
+    process = interrupt("pd_ddil.py", folder, signal.SIGTERM, 7, *command(folder, teacher_folder, data_folder, "--save_every", 7))
     assert process.returncode == 0, process.err
     saved = saved_progress(folder)
     assert saved["phase"] == 1 and 7 <= saved["total"] < 10
