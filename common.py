@@ -196,22 +196,24 @@ def student_rollout(
 @torch.no_grad()
 def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     schedule: NoiseSchedule, teacher: Model, student: Model, z: Tensor, teacher_grid: Sequence[int],
-    student_grid: Sequence[int], cond: dict, student_rate: float, generator: torch.Generator, support: Support = None,
-    query: Sequence[int] | None = None,
+    student_grid: Sequence[int], cond: dict, student_rate: float | Tensor, generator: torch.Generator,
+    support: Support = None, query: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], dict[int, Tensor], list[Tensor]]:  # fmt: skip
     """Alg. 2: at each interval t -> s of the student's grid, each sample moves with the student (probability
-    `student_rate`, the paper's beta) or with the teacher through its own grid points. Both grids end with CLEAN.
+    `student_rate`, the paper's beta; a tensor [B, intervals] gives each move its own, and 0 or 1 leave no choice) or with
+    the teacher through its own grid points. Both grids end with CLEAN.
 
     Returns (states, landings, moves): the state at every point of student_grid; for the interval indices in `query`
     where the *teacher* lands from the visited state, whoever moves; masks [B] of who moved with the student. Given
     `query`, it stops after the last one is answered.
     """
     states, landings, moves = [z], {}, []
+    rates = torch.as_tensor(student_rate, device=generator.device).expand(len(z), len(student_grid) - 1)
     for j, (t, s) in enumerate(pairwise(student_grid)):
         path = teacher_grid[teacher_grid.index(t) : teacher_grid.index(s) + 1]  # t -> m -> s
         stop = query is not None and j >= max(query, default=0)
         # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition
-        student_moves = (torch.rand(len(z), generator=generator, device=generator.device) < student_rate).to(z.device)
+        student_moves = (torch.rand(len(z), generator=generator, device=generator.device) < rates[:, j]).to(z.device)
         asked = torch.ones_like(student_moves) if query is not None and j in query else ~student_moves
         z_s = torch.empty_like(z)
         if asked.any():  # Alg. 2 line 4; also the target of a state that is stored [D17]
@@ -396,10 +398,10 @@ def with_guidance(model: Model, null: dict) -> Model:
     return guided
 
 
-def load_pipeline(name: str, flag: str = "--teacher"):
-    """A Stable Diffusion 1.x / 2.x or SDXL-family pipeline from a folder, or from the hub if no such folder exists.
+def open_pipeline(name: str, flag: str):
+    """A text-to-image pipeline from a folder, or from the hub if no such folder exists, ready for inference.
 
-    Safetensors only; no remote code. Raises SystemExit with what to do where it is not a pipeline that we can distil.
+    Safetensors only; no remote code. Raises SystemExit with what to do where it cannot be loaded.
     """
     import diffusers  # here, not on top: sections 1-4 are to be copied with torch alone
     import transformers
@@ -413,15 +415,25 @@ def load_pipeline(name: str, flag: str = "--teacher"):
         raise SystemExit(f"{flag} {name}: no pipeline folder (it must hold model_index.json), nor a hub name owner/name")
     try:
         kind = diffusers.DiffusionPipeline.load_config(name, local_files_only=not is_hub_name)["_class_name"]
-        if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
-            raise SystemExit(f"{flag} {name}: {kind} is not supported; Stable Diffusion and SDXL pipelines are")
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = getattr(diffusers, kind).from_pretrained(
             name, use_safetensors=True, local_files_only=not is_hub_name, dtype=torch.float32,
-            **(extra if "XL" not in kind else {}),
+            **(extra if kind == "StableDiffusionPipeline" else {}),
         )  # fmt: skip
     except Exception as error:  # the libraries raise many kinds, all with a usable message
         raise SystemExit(f"{flag} {name}: cannot be loaded ({error})")
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_pipeline(name: str, flag: str = "--teacher"):
+    """A Stable Diffusion 1.x / 2.x or SDXL-family pipeline that we can distil; SystemExit with the reason if it is none."""
+    pipe = open_pipeline(name, flag)
+    if type(pipe).__name__ not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        raise SystemExit(f"{flag} {name}: {type(pipe).__name__} is not supported; Stable Diffusion and SDXL pipelines are")
     config = pipe.scheduler.config
     is_vp = "beta_start" in config and config.get("num_train_timesteps") == 1000
     if not is_vp or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
@@ -432,9 +444,6 @@ def load_pipeline(name: str, flag: str = "--teacher"):
     if not unet.in_channels == unet.out_channels == latent_channels or unet.class_embed_type or unet.encoder_hid_dim_type:
         raise SystemExit(f"{flag} {name}: its UNet ({unet.in_channels} -> {unet.out_channels} channels, {latent_channels} latent "
                          "ones) is not plain text-to-image: inpainting and image-conditioned ones are not supported")  # fmt: skip
-    for module in (pipe.vae, pipe.unet, *text_encoders(pipe)):
-        module.requires_grad_(False).eval()
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
@@ -449,6 +458,16 @@ def load_schedule(pipe) -> NoiseSchedule:
     from diffusers import DDPMScheduler
 
     return NoiseSchedule.from_alphas_cumprod(DDPMScheduler(**betas_of(pipe)).alphas_cumprod)
+
+
+def dpm_solver(pipe, prediction_type: str, order: int):
+    """DPM-Solver++ on our linspace grid [D2] in stock diffusers: of first order it is DDIM, of second the paper's sampler."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(
+        **betas_of(pipe), prediction_type=prediction_type, algorithm_type="dpmsolver++", solver_order=order,
+        timestep_spacing="linspace", final_sigmas_type="zero", steps_offset=1,  # the offset has no effect on linspace
+    )  # fmt: skip
 
 
 def text_encoders(pipe) -> list:
@@ -579,7 +598,7 @@ class LatentData:
 
             chunks = torch.arange(len(dataset)).split(batch_size)
             progress = tqdm(chunks, desc="caching latents", disable=rank != 0, leave=False)
-            moments, ids = zip(*[self._encode(chunk) for chunk in progress])
+            moments, ids = zip(*[self.encode(chunk) for chunk in progress])
             self.cache = torch.cat(moments), torch.cat(ids)
 
     def rows(self, k: int) -> Tensor:
@@ -595,7 +614,7 @@ class LatentData:
         return torch.stack(rows)
 
     @torch.no_grad()
-    def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of dataset rows."""
         import numpy as np
         from PIL import Image, ImageOps
@@ -618,7 +637,7 @@ class LatentData:
         return self.prompts.tokenize(captions)
 
     def sample(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        moments, ids = self._encode(rows) if self.cache is None else (m[rows.to(m.device)] for m in self.cache)
+        moments, ids = self.encode(rows) if self.cache is None else (m[rows.to(m.device)] for m in self.cache)
         mean, std = moments.unbind(dim=1)
         return (mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)) * self.scaling, ids
 
@@ -672,6 +691,18 @@ def start_accelerator(**settings):
     if accelerator.num_processes != launched:
         raise SystemExit(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: check its config")
     return accelerator
+
+
+def in_order(accelerator, n: int, batch_size: int, function: Callable[[Tensor], Tensor], desc: str | None = None):
+    """Yields function(rows) [B, ...] for the rows 0 .. n - 1 in order, the same on every rank; the ranks share the work."""
+    from tqdm import tqdm
+
+    rank, n_ranks = accelerator.process_index, accelerator.num_processes
+    chunks = torch.arange(n).split(batch_size * n_ranks)
+    for chunk in tqdm(chunks, desc=desc, disable=rank != 0 or desc is None, leave=False, dynamic_ncols=True):
+        padded = torch.arange(-(-len(chunk) // n_ranks) * n_ranks) % len(chunk)  # so that every rank gets as many
+        gathered = accelerator.gather(function(chunk[padded[rank::n_ranks]]))  # rank by rank
+        yield gathered.unflatten(0, (n_ranks, -1)).transpose(0, 1).flatten(0, 1)[: len(chunk)]
 
 
 ACTIONS = ("resume", "overwrite", "dry_run", "check_data")  # flags that are no setting of a run
@@ -954,31 +985,43 @@ def seed_of(*names) -> int:
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "big")
 
 
+def noise_generator(index: int, seed: int) -> torch.Generator:
+    """The generator of all noise of one image: it depends on nothing but the image's own index."""
+    return torch.Generator().manual_seed(seed_of(seed, "noise", int(index)))
+
+
 def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:
     """Noise [len(indices), *shape] that belongs to each index alone: the same for any batch size or number of ranks."""
-    generators = [torch.Generator().manual_seed(seed_of(seed, "noise", int(i))) for i in indices]
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return torch.stack([torch.randn(shape, generator=noise_generator(index, seed)) for index in indices])
 
 
 def save_grid(path: Path, pipe, rows: dict[str, Tensor]) -> None:
     """PNG with one labelled row of images for each entry; latents [n, C, h, w], the same noise in each column."""
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
-    pictures = []
-    for latents in rows.values():
+    pictures = {}
+    for name, latents in rows.items():
         with torch.no_grad():  # one by one: memory for a batch of decodes may not be left beside a student in training
             latents = latents / pipe.vae.config.scaling_factor
             pixels = torch.cat([pipe.vae.decode(z, return_dict=False)[0] for z in latents.split(1)])
-        pictures.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu())  # [n, H, W, 3]
-    n, height, width = pictures[0].shape[:3]
-    zoom, label = max(1, 64 // height), 110
-    sheet = Image.new("RGB", (label + n * (width * zoom + 2), len(rows) * (height * zoom + 2)), "white")
+        pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()  # [n, H, W, 3]
+        pictures[name] = [Image.fromarray(picture.numpy()) for picture in pixels]
+    save_sheet(path, pictures)
+
+
+def save_sheet(path: Path, rows: dict[str, list], label_width: int = 110) -> None:
+    """PNG with one labelled row of PIL images for each entry; small images are enlarged."""
+    from PIL import Image, ImageDraw
+
+    (width, height), n = next(iter(rows.values()))[0].size, max(map(len, rows.values()))
+    zoom = max(1, 64 // height)
+    sheet = Image.new("RGB", (label_width + n * (width * zoom + 2), len(rows) * (height * zoom + 2)), "white")
     draw = ImageDraw.Draw(sheet)
-    for r, (name, row) in enumerate(zip(rows, pictures)):
+    for r, (name, pictures) in enumerate(rows.items()):
         draw.text((4, int((r + 0.5) * (height * zoom + 2)) - 6), name, fill="black")
-        for i, picture in enumerate(row):
-            image = Image.fromarray(picture.numpy()).resize((width * zoom, height * zoom), Image.NEAREST)
-            sheet.paste(image, (label + i * (width * zoom + 2), r * (height * zoom + 2)))
+        for i, picture in enumerate(pictures):
+            picture = picture.resize((width * zoom, height * zoom), Image.NEAREST)
+            sheet.paste(picture, (label_width + i * (width * zoom + 2), r * (height * zoom + 2)))
     sheet.save(path)
 
 

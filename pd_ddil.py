@@ -39,12 +39,12 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
-    TrajectoryBuffer, UNetModel, accumulation_of, any_timesteps, betas_of, check_images, check_output_dir,
-    check_shared_flags, create_output_dir, ddim_step, drop_prompts, fingerprint, forward_states, last_checkpoint,
-    latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, mixed_rollout, noise_of, noting,
-    rank_state, reflect_v, reflect_warning, refuse_changes, resolve, restore_rank, rotation, save_checkpoint, save_grid,
-    save_pipeline, seed_of, start_accelerator, student_rollout, support_of, text_encoders, timestep_grid, with_guidance,
-    with_w_embedding,
+    TrajectoryBuffer, UNetModel, accumulation_of, any_timesteps, check_images, check_output_dir, check_shared_flags,
+    create_output_dir, ddim_step, dpm_solver, drop_prompts, fingerprint, forward_states, in_order, last_checkpoint,
+    latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, mixed_rollout, noise_of,
+    noting, rank_state, reflect_v, reflect_warning, refuse_changes, resolve, restore_rank, rotation,
+    save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator, student_rollout, support_of,
+    text_encoders, timestep_grid, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -229,13 +229,8 @@ def plan_phases(args, prediction_type: str, has_w: bool) -> list[Phase]:
 
 
 def sampler_of(pipe):
-    """The sampler that the saved stages carry: in stock diffusers, first-order DPM-Solver++ is DDIM on our grid [D2]."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    return DPMSolverMultistepScheduler(
-        **betas_of(pipe), prediction_type="v_prediction", algorithm_type="dpmsolver++", solver_order=1,
-        timestep_spacing="linspace", final_sigmas_type="zero", steps_offset=1,  # the offset has no effect on linspace
-    )  # fmt: skip
+    """The sampler that the saved stages carry: DDIM."""
+    return dpm_solver(pipe, "v_prediction", order=1)
 
 
 class Evaluation:
@@ -254,17 +249,14 @@ class Evaluation:
     @torch.no_grad()
     def end_points(self, model: Model, steps: int, n: int | None = None, w: float | None = None) -> Tensor:
         """End points [n, C, h, w] of `steps` DDIM steps from the first n noises; the work is split over the ranks."""
-        rank, n_ranks, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        n = n or len(self.z)
-        rows = torch.arange(-(-n // n_ranks) * n_ranks) % n  # padded, so that every rank gets as many
-        ends = []
-        for part in rows[rank::n_ranks].split(self.batch_size):
-            w_part = self.w[part] if w is None else torch.full((len(part),), w)
-            cond = self.prompts.encode(self.ids[part]) | {"w": w_part.to(device)}
-            grid = [*timestep_grid(steps), CLEAN]
-            ends.append(student_rollout(self.schedule, model, self.z[part].to(device), grid, cond)[-1])
-        gathered = self.accelerator.gather(torch.cat(ends))  # rank by rank
-        return gathered.unflatten(0, (n_ranks, -1)).transpose(0, 1).flatten(0, 1)[:n]
+        n, device, grid = n or len(self.z), self.accelerator.device, [*timestep_grid(steps), CLEAN]
+
+        def ends_of(rows: Tensor) -> Tensor:
+            w_rows = self.w[rows] if w is None else torch.full((len(rows),), w)
+            cond = self.prompts.encode(self.ids[rows]) | {"w": w_rows.to(device)}
+            return student_rollout(self.schedule, model, self.z[rows].to(device), grid, cond)[-1]
+
+        return torch.cat([*in_order(self.accelerator, n, self.batch_size, ends_of)])
 
     def grid_row(self, model: Model, steps: int) -> Tensor:
         """The first eight prompts at the grid's own guidance scale, for a picture."""
