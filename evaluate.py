@@ -406,7 +406,8 @@ def generate(ev: "Evaluation", name: str, settings: dict, sample: Sampler, promp
     if accelerator.is_main_process:
         claim(folder, {"settings": settings, "images": rows}, ev.args.overwrite)
     accelerator.wait_for_everyone()
-    todo = [i for i, file in enumerate(files) if not file.exists()][accelerator.process_index :: accelerator.num_processes]
+    mine = range(accelerator.process_index, len(files), accelerator.num_processes)
+    todo = [i for i in mine if not files[i].exists()]
     batches = [todo[k : k + ev.args.batch_size] for k in range(0, len(todo), ev.args.batch_size)]
     saving = []  # while the next batch is sampled
     with ThreadPoolExecutor(4) as pool, tqdm(total=len(todo), desc=f"images/{name}", dynamic_ncols=True, leave=False,
@@ -800,9 +801,12 @@ class Evaluation:
         for metric in args.metrics:
             for net in NETS.get(metric, [self.coverage_net]):
                 self.nets[net] = self.nets.get(net) or self.open_net(net)
-        self.real = None
-        if {"fid", "fd", "coverage"} & set(args.metrics) and not args.reference.endswith(".safetensors"):
-            self.real = reference_images(args.reference)
+        needs_reference = {"fid", "fd", "coverage"} & set(args.metrics)
+        is_statistics = needs_reference and args.reference.endswith(".safetensors")
+        self.real = reference_images(args.reference) if needs_reference and not is_statistics else None
+        if is_statistics:  # refused now, if at all
+            for net in self.nets.keys() & {net for metric in needs_reference for net in NETS.get(metric, [self.coverage_net])}:
+                self.reference(net)
 
     def open_net(self, net: str):
         args, device = self.args, self.accelerator.device
@@ -885,7 +889,7 @@ class Evaluation:
             if self.accelerator.is_main_process:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, known)
-            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # a rank that comes late may find the score in the file
         return known[metric]
 
 
@@ -978,11 +982,12 @@ class Pair:
         teacher_steps = ev.args.teacher_steps or candidate.config.get("teacher_steps", 32)
         self.pipe, teacher = load_pipeline(candidate.model, "MODEL"), load_pipeline(self.teacher_name, "--teacher")
         grid, teacher_grid = timestep_grid(candidate.steps), timestep_grid(teacher_steps)
-        self.pipe.scheduler.set_timesteps(candidate.steps)
-        own = self.pipe.scheduler.timesteps.tolist()
-        if own != grid:
-            raise SystemExit(f"--shift: {candidate.model} samples at {own}, not on DDIM's grid {grid}, which only PD's students share with "
-                             "their teacher")  # fmt: skip
+        if candidate.sampler == "trained":  # the others take our grid
+            self.pipe.scheduler.set_timesteps(candidate.steps)
+            own = self.pipe.scheduler.timesteps.tolist()
+            if own != grid:
+                raise SystemExit(f"--shift: {candidate.model} samples at {own}, not on DDIM's grid {grid}, which only PD's students share "
+                                 "with their teacher")  # fmt: skip
         if not set(grid) <= set(teacher_grid):
             raise SystemExit(f"--teacher_steps {teacher_steps}: the student's timesteps {grid} are not all on the teacher's grid "
                              f"{teacher_grid}; it must have a multiple of {candidate.steps} steps")  # fmt: skip
@@ -1160,35 +1165,40 @@ def main_table(ev: Evaluation, results: list[dict]) -> str:
     return markdown(header, rows)
 
 
+def arm_means(rows: list[dict], label: str, kind: str, metric: str) -> dict[str, float]:
+    """Arm -> mean of a metric over runs and seeds."""
+    values = {}
+    for row in rows:
+        if (row["label"], row["kind"]) == (label, kind):
+            values.setdefault(row["arm"], []).append(row["scores"][metric]["value"])
+    return {arm: over_runs(found)[0] for arm, found in values.items()}
+
+
+def gap_means(gaps: list[dict], label: str) -> list[dict]:
+    """Mean over runs and seeds of shift_gap's rows."""
+    found = zip(*[gap["value"] for gap in gaps if gap["label"] == label])
+    return [{name: over_runs([row[name] for row in at])[0] for name in at[0]} for at in found]
+
+
 def shift_tables(ev: Evaluation, rows: list[dict], gaps: list[dict]) -> str:
     """One table for each analysis; a column for each metric of each student."""
-    titles = {metric: ev.title(metric) for metric in ev.image_metrics}
     captions = dict(mix="Table 5: the teacher moves with probability p_T at each interval",
                     switch="Tables 6 and 7: one model first, the other from a timestep on",
                     interval="Figure 4: exactly one interval handed over")  # fmt: skip
     parts = []
-    for kind, caption in captions.items():
-        labels = list(dict.fromkeys(row["label"] for row in rows if row["kind"] == kind))
-        arms = list(dict.fromkeys(row["arm"] for row in rows if row["kind"] == kind))
-        if not arms:
-            continue
-        with_paper = any(arm in PAPER_SHIFT for arm in arms)
-        header = ["", *[f"{label}: {title}" for label in labels for title in titles.values()]]
-        header += ["paper: FID (COCO17-5K)", "paper: CLIP"] * with_paper
-        lines = []
-        for arm in arms:
-            cells = []
-            for label in labels:
-                found = [row["scores"] for row in rows if (row["label"], row["kind"], row["arm"]) == (label, kind, arm)]
-                cells += [number(*over_runs([scores[metric]["value"] for scores in found])) for metric in titles]
-            cells += [f"{value:g}" for value in PAPER_SHIFT[arm]] if arm in PAPER_SHIFT else ["-", "-"] * with_paper
-            lines.append([arm, *cells])
-        parts.append(f"{caption}\n\n{markdown(header, lines)}")
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        labels = dict.fromkeys(row["label"] for row in rows if row["kind"] == kind)
+        columns = {f"{label}: {ev.title(m)}": arm_means(rows, label, kind, m) for label in labels for m in ev.image_metrics}
+        arms = dict.fromkeys(arm for column in columns.values() for arm in column)
+        columns = {title: [number(column.get(arm)) for arm in arms] for title, column in columns.items()}
+        if set(arms) & set(PAPER_SHIFT):
+            for i, title in enumerate(("paper: FID (COCO17-5K)", "paper: CLIP (COCO17-5K)")):
+                columns[title] = [f"{PAPER_SHIFT[arm][i]:g}" if arm in PAPER_SHIFT else "-" for arm in arms]
+        parts.append(f"{captions[kind]}\n\n{markdown(['', *columns], [list(row) for row in zip(arms, *columns.values())])}")
     for label in dict.fromkeys(gap["label"] for gap in gaps):
-        found = [gap["value"] for gap in gaps if gap["label"] == label]
-        names = [name for name in found[0][0] if name != "t"]
-        lines = [[str(at[0]["t"]), *[number(*over_runs([row[name] for row in at])) for name in names]] for at in zip(*found)]
-        parts.append(f"{label}: visited latents beside forward-diffused ones of the same captions\n\n{markdown(['t', *names], lines)}")
+        means = gap_means(gaps, label)
+        lines = [[f"{row['t']:.0f}", *[number(value) for name, value in row.items() if name != "t"]] for row in means]
+        parts.append(f"{label}: visited latents beside forward-diffused ones of the same captions\n\n{markdown([*means[0]], lines)}")
     return "\n\n".join(parts)
 
 
@@ -1199,43 +1209,36 @@ def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    order = [m for m in ("fid", "fd", "alignment", "clip", "hps", "coverage") if m in ev.image_metrics][:2] if rows else []
-    labels = list(dict.fromkeys(row["label"] for row in [*rows, *gaps]))
-    figure, axes = plt.subplots(len(order) + bool(gaps), 3, figsize=(14, 3.8 * (len(order) + bool(gaps))), squeeze=False)
-    for axis_row, metric in zip(axes, order):
-        for label, colour in zip(labels, plt.rcParams["axes.prop_cycle"].by_key()["color"]):
+    metrics = [m for m in ("fid", "fd", "alignment", "clip", "hps", "coverage") if m in ev.image_metrics][:2] if rows else []
+    height = len(metrics) + bool(gaps)
+    figure, axes = plt.subplots(height, 3, figsize=(14, 3.8 * height), squeeze=False)
 
-            def values(kind: str, wanted: Callable[[str], bool] = lambda arm: True) -> tuple[list[str], list[float]]:
-                found = {}
-                for row in rows:
-                    if (row["label"], row["kind"]) == (label, kind) and wanted(row["arm"]):
-                        found.setdefault(row["arm"], []).append(row["scores"][metric]["value"])
-                return [arm.rpartition(" ")[2] for arm in found], [over_runs(v)[0] for v in found.values()]
+    def draw(axis, means: dict[str, float], line: str, colour: str, legend: str) -> None:
+        if means:
+            axis.plot([name.rpartition(" ")[2] for name in means], list(means.values()), line, color=colour, label=legend)
 
-            axis_row[0].plot(*values("mix"), "o-", color=colour, label=label)
-            for own, line in ("student", "o--"), ("teacher", "o-"):
-                other = "teacher" if own == "student" else "student"
-                axis_row[1].plot(*values("switch", lambda arm: arm.startswith(own)), line, color=colour, label=f"{label}: {own} first")
-                axis_row[2].plot(*values("interval", lambda arm: arm.startswith(f"{own}, but")), line, color=colour,
-                                 label=f"{label}: {own}, but {other} there")  # fmt: skip
-                for alone in values("interval", lambda arm: arm == f"{own} alone")[1]:
-                    axis_row[2].axhline(alone, linestyle=line[1:], linewidth=0.8, color=colour, alpha=0.6)
-        for axis, title, x in zip(axis_row, ("mixed (Table 5)", "switched (Tables 6, 7)", "one interval handed over (Fig. 4; thin: nothing)"),
-                                  ("probability of the teacher", "second model moves from t", "interval that starts at t")):  # fmt: skip
-            axis.set(title=title, xlabel=x, ylabel=ev.title(metric))
-    if gaps:
-        for label, colour in zip(labels, plt.rcParams["axes.prop_cycle"].by_key()["color"]):
-            found = [gap["value"] for gap in gaps if gap["label"] == label]
-            if not found:
-                continue
-            t = [str(row["t"]) for row in found[0]]
-            curve = lambda name: [over_runs([row[name] for row in at])[0] for at in zip(*found)]  # noqa: E731
-            for axis, what, more in zip(axes[-1], ("FD, {}", "disagreement, {}", "std, {}"),
-                                        (("student", "teacher", "other images"), ("visited", "forward"), ("student", "teacher", "other images"))):  # fmt: skip
-                for name, line in zip(more, ("o-", "o--", "o:")):
-                    axis.plot(t, curve(what.format(name)), line, color=colour, label=f"{label}: {name}")
-        for axis, title, y in zip(axes[-1], ("visited and forward-diffused latents", "student and teacher about x, one interval", "spread of visited latents"),
-                                  ("Frechet distance", "RMS", "std / std of forward-diffused")):  # fmt: skip
+    for i, label in enumerate(dict.fromkeys(row["label"] for row in [*rows, *gaps])):
+        colour = f"C{i}"
+        for (mixed, switched, handed_over), metric in zip(axes, metrics):
+            draw(mixed, arm_means(rows, label, "mix", metric), "o-", colour, label)
+            for own, other, line in ("student", "teacher", "o--"), ("teacher", "student", "o-"):
+                of_own = lambda kind: {arm: v for arm, v in arm_means(rows, label, kind, metric).items() if arm.startswith(own)}  # noqa: E731
+                draw(switched, of_own("switch"), line, colour, f"{label}: {own} first")
+                intervals = of_own("interval")
+                alone = intervals.pop(f"{own} alone", None)
+                draw(handed_over, intervals, line, colour, f"{label}: {own}, but {other} there")
+                if alone is not None:
+                    handed_over.axhline(alone, linestyle=line[1:], linewidth=0.8, color=colour, alpha=0.6)
+            mixed.set(title="mixed (Table 5)", xlabel="probability of the teacher", ylabel=ev.title(metric))
+            switched.set(title="switched (Tables 6, 7)", xlabel="second model moves from t", ylabel=ev.title(metric))
+            handed_over.set(title="one interval handed over (Fig. 4; thin: none)", xlabel="interval that starts at t", ylabel=ev.title(metric))
+        panels = (("FD", ("student", "teacher", "other images"), "visited and forward-diffused latents", "Frechet distance"),
+                  ("disagreement", ("visited", "forward"), "student and teacher about x, one interval", "RMS"),
+                  ("std", ("student", "teacher", "other images"), "spread of visited latents", "std / std of forward-diffused"))  # fmt: skip
+        for axis, (what, names, title, y) in zip(axes[-1], panels if gaps else ()):
+            for name, line in zip(names, ("o-", "o--", "o:")):
+                means = {f"{row['t']:.0f}": row[f"{what}, {name}"] for row in gap_means(gaps, label)}
+                draw(axis, means, line, colour, f"{label}: {name}")
             axis.set(title=title, xlabel="t", ylabel=y)
     for axis in axes.flat:
         if axis.lines:
@@ -1263,7 +1266,7 @@ def report(ev: Evaluation, results: list[dict], rows: list[dict], gaps: list[dic
     if ev.image_metrics:
         first = {f"{r['label']}, {r['steps']} steps": r for r in reversed(results)}
         sheets = {name: Images(sorted((ev.out / "images" / result["key"]).glob("*.png"))) for name, result in reversed(first.items())}
-        save_sheet(ev.out / "contact.png", {name: images.load(torch.arange(8)) for name, images in sheets.items()}, label_width=200)
+        save_sheet(ev.out / "contact.png", {name: images.load(torch.arange(min(8, len(images)))) for name, images in sheets.items()}, label_width=200)
     return "\n\n".join(tables)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common import last_checkpoint
 
@@ -69,6 +69,15 @@ def rows_of(folder: Path) -> list[dict]:
 def weights_of(pipeline: Path) -> dict:
     """The UNet's of a saved pipeline."""
     return load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def scale_weights(pipeline: Path, factor: float) -> None:
+    scaled = {name: factor * weight for name, weight in weights_of(pipeline).items()}
+    save_file(scaled, pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def change_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def interrupt(script: str, folder: Path, number: signal.Signals, after_update: int, *flags) -> subprocess.Popen:

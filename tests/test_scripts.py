@@ -11,10 +11,11 @@ import signal
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, SMALL, W_RANGE, interrupt, rows_of, run_here, run_script, save_images, save_teacher, weights_of
+from conftest import (
+    ROOT, SMALL, W_RANGE, change_json, interrupt, rows_of, run_here, run_script, save_images, save_teacher, scale_weights, weights_of,
+)  # fmt: skip
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from safetensors.torch import save_file
 from test_common import max_error, randn
 from test_pd_ddil import joined_gradient
 
@@ -31,11 +32,6 @@ RATES = 1e-3, 5e-4  # before the halvings, and in them
 def command(folder, teacher, data, *flags) -> list:
     return ["--teacher", teacher, "--data", data, "--output_dir", folder, *SMALL, "--learning_rate", *RATES,
             "--max_updates", UPDATES, *flags]  # fmt: skip
-
-
-def scale_weights(stage, factor: float) -> None:
-    scaled = {name: factor * weight for name, weight in weights_of(stage).items()}
-    save_file(scaled, stage / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def assert_same_run(folder, reference) -> None:
@@ -426,10 +422,6 @@ def test_data_that_cannot_be_used(make, tmp_path, teacher_folder):
     assert f"--data {data}" in message
     expected = {data_without_images: "image", data_without_captions: "caption"}.get(make, "")
     assert expected in message
-
-
-def change_json(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def flow_matching_teacher(folder):
