@@ -398,11 +398,8 @@ def with_guidance(model: Model, null: dict) -> Model:
     return guided
 
 
-def open_pipeline(name: str, flag: str):
-    """A text-to-image pipeline from a folder, or from the hub if no such folder exists, ready for inference.
-
-    Safetensors only; no remote code. Raises SystemExit with what to do where it cannot be loaded.
-    """
+def find_pipeline(name: str, flag: str) -> str:
+    """The class of the pipeline in a folder or, if no such folder exists, on the hub; SystemExit if there is none."""
     import diffusers  # here, not on top: sections 1-4 are to be copied with torch alone
     import transformers
 
@@ -414,13 +411,26 @@ def open_pipeline(name: str, flag: str):
     if not is_hub_name and not (path / "model_index.json").is_file():
         raise SystemExit(f"{flag} {name}: no pipeline folder (it must hold model_index.json), nor a hub name owner/name")
     try:
-        kind = diffusers.DiffusionPipeline.load_config(name, local_files_only=not is_hub_name)["_class_name"]
+        return diffusers.DiffusionPipeline.load_config(name, local_files_only=not is_hub_name)["_class_name"]
+    except Exception as error:  # the libraries raise many kinds, all with a usable message
+        raise SystemExit(f"{flag} {name}: cannot be loaded ({error})")
+
+
+def open_pipeline(name: str, flag: str):
+    """A text-to-image pipeline from a folder, or from the hub if no such folder exists, ready for inference.
+
+    Safetensors only; no remote code. Raises SystemExit with what to do where it cannot be loaded.
+    """
+    import diffusers
+
+    try:
+        kind = find_pipeline(name, flag)
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = getattr(diffusers, kind).from_pretrained(
-            name, use_safetensors=True, local_files_only=not is_hub_name, dtype=torch.float32,
+            name, use_safetensors=True, local_files_only=Path(name).exists(), dtype=torch.float32,
             **(extra if kind == "StableDiffusionPipeline" else {}),
         )  # fmt: skip
-    except Exception as error:  # the libraries raise many kinds, all with a usable message
+    except Exception as error:  # as above
         raise SystemExit(f"{flag} {name}: cannot be loaded ({error})")
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
@@ -525,7 +535,7 @@ class PromptEncoder:
         return null
 
 
-def load_images(name: str, flag: str = "--data", need_images: bool = True):
+def load_images(name: str, flag: str = "--data", need_images: bool = True, need_captions: bool = True):
     """(training set, held-out captions): Hugging Face datasets with columns image and caption, from anything that
     `datasets.load_dataset` reads: a folder (parquet, imagefolder with metadata.jsonl, webdataset tars) or a hub name.
     Held out are the captions of the test / validation split; without one, of the last 256 rows, then not trained on.
@@ -543,14 +553,16 @@ def load_images(name: str, flag: str = "--data", need_images: bool = True):
     images = [c for c, f in train.features.items() if isinstance(f, datasets.Image)]
     captions = [c for c in ("caption", "text", "txt", "prompt") if c in train.features]
     missing = ["images"] * (need_images and not images)
-    missing += ["captions (a column caption, text, txt or prompt)"] * (not captions)
+    missing += ["captions (a column caption, text, txt or prompt)"] * (need_captions and not captions)
     if missing:
         raise SystemExit(f"{flag} {name}: has no {missing[0]}; its columns are {list(train.features)}")
 
     def columns(split):
-        names = dict.fromkeys(images[:1], "image") | {captions[0]: "caption"}
+        names = dict.fromkeys(images[:1], "image") | dict.fromkeys(captions[:1], "caption")
         return split.select_columns(list(names)).rename_columns(names)
 
+    if not captions:
+        return columns(train), []
     held_out = next((splits[s] for s in ("test", "validation") if s in splits), None)
     if held_out is None:
         n = min(256, max(1, len(train) // 10))
@@ -811,7 +823,7 @@ def fingerprint(module) -> str:
     """sha256 over a network's weights: the same weights under another path are still the same teacher."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes())  # bfloat16 is unknown to NumPy
     return digest.hexdigest()[:16]
 
 

@@ -32,12 +32,13 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import torch
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -45,9 +46,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import (
-    CLEAN, LatentData, PromptEncoder, UNetModel, add_noise, dpm_solver, fingerprint, in_order, latent_shape, load_images,
-    load_pipeline, load_schedule, mixed_rollout, noise_generator, noise_of, open_pipeline, priors_of, rotation, save_sheet,
-    seed_of, start_accelerator, student_rollout, teacher_rollout, timestep_grid, with_guidance,
+    CLEAN, LatentData, PromptEncoder, UNetModel, add_noise, dpm_solver, find_pipeline, fingerprint, in_order, latent_shape,
+    load_images, load_pipeline, load_schedule, mixed_rollout, noise_generator, noise_of, open_pipeline, priors_of, rotation,
+    save_sheet, seed_of, start_accelerator, student_rollout, teacher_rollout, timestep_grid, with_guidance,
 )  # fmt: skip
 
 # What is measured, and on what. Any flag overrides its protocol; a resolution is that of FID and LPIPS on both sides:
@@ -155,10 +156,8 @@ def parse_args(argv=None):
         if name not in args.given:
             setattr(args, name, value)
     args.lpips_weights = args.lpips_weights or LPIPS_WEIGHTS.get(args.lpips_net)
-    if args.shift is None and args.given & {"mix_teacher", "switch_at", "switch_order"}:
-        args.shift = ["mix"] * ("mix_teacher" in args.given) + ["switch"] * bool(args.given & {"switch_at", "switch_order"})
-    elif args.shift == []:
-        args.shift = list(SHIFTS)
+    implied = ["mix"] * ("mix_teacher" in args.given) + ["switch"] * bool(args.given & {"switch_at", "switch_order"})
+    args.shift = list(SHIFTS) if args.shift == [] else list(dict.fromkeys([*(args.shift or []), *implied]))
     check_args(args)
     return args
 
@@ -175,19 +174,20 @@ def check_args(args) -> None:
     for name in ("steps", "guidance_scale", "sampler"):
         if len(getattr(args, name)) not in (1, len(args.models)):
             raise SystemExit(f"--{name} {getattr(args, name)}: give one value, or one for each of the {len(args.models)} models")
-    for name in ("num_images", "batch_size", "resolution", "teacher_steps", "steps"):
+    limits = dict(num_images=(2, 10**9), batch_size=(1, 10**6), resolution=(1, 10**5), teacher_steps=(1, 999), steps=(1, 999))
+    for name, (lowest, highest) in limits.items():
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
-            if value is not None and value < 1:
-                raise SystemExit(f"--{name} {value}: must be > 0")
-    if not all(0 <= w < float("inf") for w in args.guidance_scale):
-        raise SystemExit(f"--guidance_scale {args.guidance_scale}: must be >= 0 and finite")
+            if value is not None and not lowest <= value <= highest:
+                raise SystemExit(f"--{name} {value}: must lie in {lowest}..{highest}")
+    if not all(1 <= w < float("inf") for w in args.guidance_scale):
+        raise SystemExit(f"--guidance_scale {args.guidance_scale}: must be finite and at least 1, which is no guidance")
     if not all(0 <= seed < 2**31 for seed in args.seed):
         raise SystemExit(f"--seed {args.seed}: must be whole numbers >= 0 and < 2^31")
     if not all(0 <= p <= 1 for p in args.mix_teacher):
         raise SystemExit(f"--mix_teacher {args.mix_teacher}: must lie in [0, 1]")
-    if args.num_images < 2:
-        raise SystemExit(f"--num_images {args.num_images}: must be at least 2")
+    if set(args.shift) - {"gap"} and not set(args.metrics) & set(IMAGE_METRICS):
+        raise SystemExit(f"--shift {' '.join(args.shift)}: needs one of the --metrics {', '.join(IMAGE_METRICS)}, got {', '.join(args.metrics)}")
     needs_reference = {"fid", "fd", "coverage"} & set(args.metrics)
     for name, needed in (("prompts", True), ("reference", needs_reference)):
         if needed and getattr(args, name) is None:
@@ -251,7 +251,7 @@ def candidates_of(args) -> list[Candidate]:
     """The models in the order given, each with its own run's settings where no flag says otherwise."""
     found = []
     for i, name in enumerate(args.models):
-        label, _, model = name.rpartition("=")
+        label, _, model = ("", "", name) if Path(name).exists() else name.rpartition("=")
         chosen = {n: (v[i] if len(v) > 1 else v[0]) for n in ("steps", "guidance_scale", "sampler") for v in [getattr(args, n)]}
         run = run_of(Path(model))
         if run is None:
@@ -281,23 +281,23 @@ def read_prompts(name: str) -> list[Prompt]:
     """--prompts: COCO's annotations (the first caption of each image, by id), a json list or {id: prompt} (entries may be
     {"prompt": ..., "image": ...}), a text file with one a line, or a data set. SystemExit naming what is wrong."""
     path = Path(name)
-    if path.suffix == ".json" and path.is_file():
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise SystemExit(f"--prompts {name}: is no json ({error})")
-        if isinstance(content, dict) and "annotations" in content:
-            first = {}
-            for row in sorted(content["annotations"], key=lambda row: row["id"]):
-                first.setdefault(row["image_id"], row["caption"])
-            content = [first[image] for image in sorted(first)]
-        entries = list(content.values()) if isinstance(content, dict) else content
-    elif path.is_file():
-        entries = [line for line in path.read_text().splitlines() if line.strip()]
-    else:
-        entries = load_images(name, "--prompts", need_images=False)[1]
+    try:
+        if path.suffix == ".json" and path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and "annotations" in content:
+                first = {}
+                for row in sorted(content["annotations"], key=lambda row: row["id"]):
+                    first.setdefault(row["image_id"], row["caption"])
+                content = [first[image] for image in sorted(first)]
+            entries = list(content.values()) if isinstance(content, dict) else content
+        elif path.is_file():
+            entries = path.suffix == ".txt" and [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            entries = load_images(name, "--prompts", need_images=False)[1]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--prompts {name}: is no text, no json, or one without captions ({error!r})")
     if not isinstance(entries, list) or not entries:
-        raise SystemExit(f"--prompts {name}: holds no prompts")
+        raise SystemExit(f"--prompts {name}: holds no prompts; it must be a .txt or .json file, or a data set")
     prompts = []
     for i, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {"prompt": entry}
@@ -337,31 +337,38 @@ def to_uint8(images: list[Image.Image]) -> Tensor:
 
 
 class Images:
-    """Image files, or the rows of a data set, in order; `load` gives RGB images or names the one that is broken."""
+    """Image files, or the rows of a data set, in order; `settings` say how they came to be."""
 
-    def __init__(self, files: Sequence[Path] | None = None, dataset=None, prompts: Sequence[str] = ()):
-        self.files, self.dataset, self.prompts = files, dataset, prompts
+    def __init__(self, files: Sequence[Path] | None = None, dataset=None, prompts: Sequence[str] = (), settings: dict | None = None):
+        self.files, self.dataset, self.prompts, self.settings = files, dataset, prompts, settings
         self.pool = ThreadPoolExecutor(4)
 
     def __len__(self) -> int:
         return len(self.dataset if self.files is None else self.files)
 
-    def open(self, i: int) -> Image.Image:
+    def open(self, file: Path) -> Image.Image:
         try:
-            return (self.dataset[i]["image"] if self.files is None else Image.open(self.files[i])).convert("RGB")
+            return Image.open(file).convert("RGB")
         except Exception as error:  # whatever a broken file raises
-            what = f"row {i} of --reference" if self.files is None else self.files[i]
-            raise SystemExit(f"{what}: cannot be read ({error}); a generated image is made again if it is deleted")
+            raise SystemExit(f"{file}: cannot be read ({short(error)}); a generated image is made again if it is deleted")
 
     def load(self, rows: Tensor) -> list[Image.Image]:
-        return list(self.pool.map(self.open, rows.tolist()))
+        """RGB; SystemExit naming the file that is broken."""
+        if self.files is not None:
+            return list(self.pool.map(self.open, [self.files[i] for i in rows.tolist()]))
+        try:
+            return [image.convert("RGB") for image in self.dataset[rows.tolist()]["image"]]
+        except Exception as error:
+            raise SystemExit(f"--reference: one of the rows {rows.tolist()} cannot be read ({short(error)})")
 
 
 def reference_images(name: str) -> Images:
     """--reference: the images in a folder, or the training images of a data set."""
     path = Path(name)
     files = sorted(f for f in path.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")) if path.is_dir() else []
-    images = Images(files) if files else Images(dataset=load_images(name, "--reference")[0])
+    dataset = None if files else load_images(name, "--reference", need_captions=False)[0]
+    contents = [(f.name, f.stat().st_size) for f in files] if files else dataset._fingerprint
+    images = Images(files or None, dataset, settings={"reference": name, "reference_contents": digest(contents)})
     if len(images) < 2:
         raise SystemExit(f"--reference {name}: holds {len(images)} image(s)")
     return images
@@ -382,14 +389,36 @@ def pipeline_sampler(pipe, candidate: Candidate, seed: int) -> Sampler:
 
 
 def open_candidate(candidate: Candidate, accelerator):
-    """Its pipeline with the sampler asked for, on the device, in the precision of the launch."""
+    """Its pipeline with the sampler asked for, on the device, in the precision of the launch; and what tells it from others."""
     pipe = open_pipeline(candidate.model, "MODEL")
     if candidate.sampler != "trained":
         config = pipe.scheduler.config
         if "beta_start" not in config or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
             raise SystemExit(f"--sampler {candidate.sampler}: {candidate.model} has a {type(pipe.scheduler).__name__}; take trained")
         pipe.scheduler = dpm_solver(pipe, config.prediction_type, order={"ddim": 1, "dpm++": 2}[candidate.sampler])
-    return pipe.to(accelerator.device, half_precision(accelerator))
+    try:
+        pipe.scheduler.set_timesteps(candidate.steps)
+    except ValueError as error:
+        raise SystemExit(f"--steps {candidate.steps}: {candidate.model} cannot be sampled in as many ({short(error)})")
+    if hasattr(pipe, "vae") and latent_pixels(pipe) > 256**2:
+        pipe.vae.enable_slicing()  # a batch of decodes does not fit
+    asked = {"model": candidate.model, "model_weights": contents_of(pipe), "steps": candidate.steps, "guidance_scale": candidate.guidance_scale,
+             "sampler": candidate.sampler}  # fmt: skip
+    return pipe.to(accelerator.device, half_precision(accelerator)), asked
+
+
+def contents_of(pipe) -> str:
+    """A digest of all networks and of the scheduler's settings."""
+    modules = {name: fingerprint(module) for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
+    return digest([modules, {name: str(value) for name, value in pipe.scheduler.config.items()}])
+
+
+def latent_pixels(pipe) -> int:
+    """Pixels of an image at the pipeline's own size."""
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    size = network.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * width * pipe.vae_scale_factor**2
 
 
 def half_precision(accelerator) -> torch.dtype:
@@ -401,7 +430,7 @@ def generate(ev: "Evaluation", name: str, settings: dict, sample: Sampler, promp
     already is kept, so that a killed evaluation goes on. SystemExit if it was made by other settings, or if NaN comes out."""
     folder, accelerator = ev.out / "images" / name, ev.accelerator
     files = [folder / f"{i:06d}.png" for i in range(len(prompts))]
-    settings = settings | {"precision": accelerator.mixed_precision, "prompts": digest(prompts), "num_images": len(prompts)}
+    settings = settings | {"precision": accelerator.mixed_precision, "prompts": digest(list(prompts)), "num_images": len(prompts)}
     rows = [{"file": f.name, "prompt": p, "noise": first_noise + i} for i, (f, p) in enumerate(zip(files, prompts))]
     if accelerator.is_main_process:
         claim(folder, {"settings": settings, "images": rows}, ev.args.overwrite)
@@ -426,7 +455,7 @@ def generate(ev: "Evaluation", name: str, settings: dict, sample: Sampler, promp
     for task in saving:
         task.result()
     accelerator.wait_for_everyone()
-    return Images(files, prompts=prompts)
+    return Images(files, prompts=prompts, settings=settings)
 
 
 def save_image(file: Path, pixels) -> None:
@@ -487,7 +516,8 @@ def weights_file(flag: str, source: str) -> Path:
             if os.environ.get("HF_HUB_OFFLINE") == "1":
                 raise OSError("HF_HUB_OFFLINE is set")
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(source, str(path), hash_prefix=re.search(r"-([0-9a-f]{8,})\.", source).group(1))
+            hash_in_name = re.search(r"-([0-9a-f]{8,})\.", source)
+            torch.hub.download_url_to_file(source, str(path), hash_prefix=hash_in_name and hash_in_name.group(1))
         return path
     except Exception as error:  # no network, no such file there, no space here
         raise SystemExit(f"{flag} {source}: cannot be fetched ({short(error)}); fetch it elsewhere and give the file")
@@ -603,7 +633,7 @@ class Lpips:
         except Exception as error:
             raise SystemExit(f"{flag} {source}: does not hold torchvision's {net} ({short(error)})")
         self.net.to(device).eval().requires_grad_(False)
-        self.resolution, self.device = resolution, device
+        self.name, self.resolution, self.device = net, resolution, device
         self.weights = {"weights": f"{net}, {file.name}", "sha256": sha256(file)}
 
     @torch.no_grad()
@@ -615,13 +645,30 @@ class Lpips:
         return torch.cat([self.net(x[i], x[j], normalize=True).flatten() for i, j in pairs])
 
 
-def tiny_world():
-    """assets/tiny/make.py: its captions, and the judge."""
-    file = Path(__file__).resolve().parent / "assets" / "tiny" / "make.py"
-    spec = importlib.util.spec_from_file_location("make_tiny", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class Judge:
+    """assets/tiny's own classifier of digits and colours."""
+
+    name = "judge"
+
+    def __init__(self, device):
+        folder = Path(__file__).resolve().parent / "assets" / "tiny"
+        spec = importlib.util.spec_from_file_location("make_tiny", folder / "make.py")
+        self.world = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.world)
+        self.net, self.device = self.world.load_judge(device), device
+        self.weights = {"weights": "judge.safetensors", "sha256": sha256(folder / "judge" / "judge.safetensors")}
+
+    def check(self, prompts: Sequence[str]) -> None:
+        known = set(self.world.all_captions())
+        for prompt in prompts:
+            if prompt not in known:
+                raise SystemExit(f"--metrics alignment: {prompt!r} is no caption of assets/tiny, whose digits and colours are judged")
+
+    def verdicts(self, images: Images, rows: Tensor) -> Tensor:
+        """[B, 4]: digit, foreground, background, all of them right."""
+        pixels = to_uint8(images.load(rows)).to(self.device)
+        right = self.world.alignment(self.net, pixels, [images.prompts[i] for i in rows.tolist()])
+        return torch.stack(list(right.values()), dim=1).float()
 
 
 class Features:
@@ -657,7 +704,11 @@ def load_statistics(file: Path, facts: dict[str, str], strict: bool = True) -> d
         if strict:
             raise SystemExit(f"--reference {file}: no such file")
         return None
-    with safe_open(file, framework="pt") as saved:
+    try:
+        saved = safe_open(file, framework="pt")
+    except Exception as error:
+        raise SystemExit(f"{file}: cannot be read as statistics ({short(error)}); a file that an evaluation kept is computed again if deleted")
+    with saved:
         found = saved.metadata() or {}
         differs = [f"{name} is {found.get(name)} there, {value} here" for name, value in facts.items() if found.get(name) != value]
         if differs and strict:
@@ -676,7 +727,8 @@ def coverage_of(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> float:
 def mean_of(values: Tensor) -> dict:
     """Mean of independent values [n], and its standard error."""
     values = values.double().cpu()
-    return dict(value=values.mean().item(), standard_error=(values.std() / len(values) ** 0.5).item(), n=len(values))
+    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    return dict(value=values.mean().item(), standard_error=error, n=len(values))
 
 
 def clip_score(ev, images: Images) -> dict:
@@ -689,15 +741,8 @@ def hps_score(ev, images: Images) -> dict:
 
 
 def alignment(ev, images: Images) -> dict:
-    """Share of images whose digit and both colours are right, by the judge of assets/tiny."""
-    world, judge = ev.nets["judge"]
-
-    def right(rows: Tensor) -> Tensor:
-        pixels = to_uint8(images.load(rows)).to(ev.accelerator.device)
-        verdict = world.alignment(judge, pixels, [images.prompts[i] for i in rows.tolist()])
-        return torch.stack(list(verdict.values()), dim=1).float()  # [B, 4]: digit, foreground, background, all
-
-    parts = ev.over(images, right, "alignment")
+    """Share of images whose digit and both colours are right."""
+    parts = ev.over(images, lambda rows: ev.nets["judge"].verdicts(images, rows), "alignment")
     return mean_of(parts[:, -1]) | {"parts": dict(zip(("digit", "foreground", "background"), parts.mean(dim=0).tolist()))}
 
 
@@ -712,7 +757,8 @@ def fd(ev, images: Images) -> dict:
 
 def coverage(ev, images: Images) -> dict:
     """k = 5, in the features of FID where that is asked for, otherwise of the CLIP model."""
-    fake, real = (f["kept"] for f in (ev.features(ev.coverage_net, images), ev.reference(ev.coverage_net)))
+    (net,) = ev.nets_of("coverage")
+    fake, real = ev.features(net, images)["kept"], ev.reference(net)["kept"]
     return dict(value=coverage_of(real, fake), standard_error=None, n=len(fake), n_real=len(real))
 
 
@@ -744,16 +790,12 @@ def similarity(ev, images: Images) -> dict:
     return ev.over_prompts(images, of_prompt, "similarity")
 
 
-def paired(ev, candidate: Candidate, pipe, seed: int) -> dict | None:
+def paired(ev, candidate: Candidate, pipe, teacher, seed: int) -> dict:
     """Paired trajectory error of PD: RMS distance in latent space between the end points of the student and of the guided
-    model that its halvings started from, by DDIM from the same noise, prompt and w. None for other models."""
-    if candidate.script != "pd_ddil":
-        return None
-    gc = Path(candidate.run) / "stages" / "gc"
-    source = str(gc) if gc.is_dir() else candidate.config["teacher"]
-    teacher, device = load_pipeline(source, "--teacher"), ev.accelerator.device
+    model that its halvings started from, by DDIM from the same noise, prompt and w."""
+    device, w = ev.accelerator.device, candidate.guidance_scale
     schedule, encoder = load_schedule(teacher).to(device), PromptEncoder(teacher, device)
-    prompts, w = spread(ev.texts, min(PAIRED_PROMPTS, len(ev.texts))), candidate.guidance_scale
+    prompts = spread(ev.texts, min(PAIRED_PROMPTS, len(ev.texts)))
 
     def ends(pipeline, steps: int) -> Tensor:
         model = ddim_model(pipeline, schedule, encoder, ev.accelerator)
@@ -766,7 +808,15 @@ def paired(ev, candidate: Candidate, pipe, seed: int) -> dict | None:
         return torch.cat([*in_order(ev.accelerator, len(prompts), ev.args.batch_size, sample, "paired")])
 
     distance = ends(pipe, candidate.steps) - ends(teacher, candidate.config["teacher_steps"])
-    return dict(value=distance.pow(2).mean().sqrt().item(), standard_error=None, n=len(prompts), teacher=source)
+    return dict(value=distance.pow(2).mean().sqrt().item(), standard_error=None, n=len(prompts))
+
+
+def halvings_teacher(candidate: Candidate) -> str | None:
+    """The guided model that the halvings of a PD run started from; None for other models."""
+    if candidate.script != "pd_ddil":
+        return None
+    gc = Path(candidate.run) / "stages" / "gc"
+    return str(gc) if gc.is_dir() else candidate.config["teacher"]
 
 
 def ddim_model(pipe, schedule, encoder: PromptEncoder, accelerator):
@@ -777,16 +827,18 @@ def ddim_model(pipe, schedule, encoder: PromptEncoder, accelerator):
 
 
 NETS = dict(fid=["fid"], clip=["clip"], hps=["hps"], fd=["clip"], alignment=["judge"], lpips=["lpips"], diversity=["clip"],
-            similarity=["clip"], paired=[], gap=[])  # fmt: skip  # the networks of each metric; coverage's depend on the others
+            similarity=["clip"])  # fmt: skip  # the networks of each metric
 FUNCTIONS = dict(fid=fid, clip=clip_score, hps=hps_score, fd=fd, coverage=coverage, alignment=alignment, lpips=lpips_diversity,
                  diversity=diversity, similarity=similarity)  # fmt: skip
+TITLES = dict(fid="FID", clip="CLIP", hps="HPSv2", fd="FD", lpips="LPIPS diversity", paired="paired error")
+PUBLISHED = ("ViT-g-14", "ViT-H-14", "Inception")  # networks that a metric's plain name stands for; others are named beside it
 
 
 class Evaluation:
     """What all models share: prompts, reference, the metrics' networks, and the folder where everything is kept."""
 
-    def __init__(self, args, accelerator, candidates: list[Candidate]):
-        self.args, self.accelerator, self.candidates, self.out = args, accelerator, candidates, Path(args.output_dir)
+    def __init__(self, args, accelerator):
+        self.args, self.accelerator, self.out = args, accelerator, Path(args.output_dir)
         prompts = read_prompts(args.prompts)
         self.image_metrics = [m for m in args.metrics if m in IMAGE_METRICS]
         if (self.image_metrics or args.shift or "paired" in args.metrics) and len(prompts) < args.num_images:
@@ -796,17 +848,19 @@ class Evaluation:
         self.several = [prompts[i] for i in order[:DIVERSITY_PROMPTS].sort().values]  # of which several images are made
         if "similarity" in args.metrics and not all(prompt.image for prompt in self.several):
             raise SystemExit(f"--metrics similarity: the entries of --prompts {args.prompts} must name the \"image\" they were inverted from")
-        self.coverage_net = "fid" if "fid" in args.metrics else "clip"
-        self.nets, self.last_features, self.statistics = {}, {}, {}
-        for metric in args.metrics:
-            for net in NETS.get(metric, [self.coverage_net]):
-                self.nets[net] = self.nets.get(net) or self.open_net(net)
-        needs_reference = {"fid", "fd", "coverage"} & set(args.metrics)
-        is_statistics = needs_reference and args.reference.endswith(".safetensors")
-        self.real = reference_images(args.reference) if needs_reference and not is_statistics else None
-        if is_statistics:  # refused now, if at all
-            for net in self.nets.keys() & {net for metric in needs_reference for net in NETS.get(metric, [self.coverage_net])}:
-                self.reference(net)
+        self.nets, self.last_features, self.statistics, self.real = {}, {}, {}, None
+        for net in dict.fromkeys(net for metric in args.metrics for net in self.nets_of(metric)):
+            self.nets[net] = self.open_net(net)
+        if "judge" in self.nets:
+            self.nets["judge"].check(self.texts)
+        needs_reference = [metric for metric in args.metrics if metric in ("fid", "fd", "coverage")]
+        if needs_reference and not args.reference.endswith(".safetensors"):
+            self.real = reference_images(args.reference)
+        elif needs_reference:  # refused now, if at all
+            self.statistics = {net: self.reference(net) for metric in needs_reference for net in self.nets_of(metric)}
+
+    def nets_of(self, metric: str) -> list[str]:
+        return NETS.get(metric, []) if metric != "coverage" else ["fid" if "fid" in self.args.metrics else "clip"]
 
     def open_net(self, net: str):
         args, device = self.args, self.accelerator.device
@@ -818,20 +872,13 @@ class Evaluation:
             return HumanPreference("--hps_weights", args.hps_weights, "ViT-H-14", device)
         if net == "lpips":
             return Lpips("--lpips_weights", args.lpips_weights, args.lpips_net, args.resolution, device)
-        world = tiny_world()
-        known = set(world.all_captions())
-        for text in self.texts:
-            if text not in known:
-                raise SystemExit(f"--metrics alignment: {text!r} is no caption of assets/tiny, whose digits and colours are judged")
-        return world, world.load_judge(device)
+        return Judge(device)
 
     def title(self, metric: str) -> str:
-        """A column's name, which says what was measured: FID is Inception's, CLIP that of ViT-g-14."""
-        clip = self.nets["clip"].name if "clip" in self.nets else ""
-        titles = dict(fid="FID", clip="CLIP" if clip == "ViT-g-14" else f"CLIP ({clip})", hps="HPSv2", fd=f"FD ({clip})",
-                      coverage=f"coverage ({self.nets[self.coverage_net].name})" if metric == "coverage" else "",
-                      lpips="LPIPS diversity", diversity=f"diversity ({clip})", similarity=f"similarity ({clip})")  # fmt: skip
-        return titles.get(metric, {"paired": "paired error"}.get(metric, metric))
+        """A column's name, which says what was measured: plain "CLIP" is that of ViT-g-14, plain "FID" Inception's."""
+        names = [self.nets[net].name for net in self.nets_of(metric)]
+        plain = not names or metric in ("lpips", "alignment") or metric in ("fid", "clip", "hps") and names[0] in PUBLISHED
+        return TITLES.get(metric, metric) + ("" if plain else f" ({names[0]})")
 
     def over(self, images: Images, function: Callable[[Tensor], Tensor], desc: str) -> Tensor:
         """function(rows) of all images, in order."""
@@ -843,80 +890,91 @@ class Evaluation:
         function = lambda prompts: torch.stack([of_prompt(rows(i)) for i in prompts])  # noqa: E731
         return mean_of(torch.cat([*in_order(self.accelerator, len(self.several), 1, function, desc)]))
 
+    def compute_statistics(self, net: str, images: Images) -> dict[str, Tensor]:
+        """Of the images' features; in a fixed random order, so that those kept for coverage are no special ones."""
+        features, order = Features(), torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        function = lambda rows: self.nets[net].images(images.load(order[rows]))  # noqa: E731
+        for part in in_order(self.accelerator, len(images), self.args.batch_size, function, f"{net} features"):
+            features.add(part)
+        return features.statistics()
+
     def features(self, net: str, images: Images) -> dict[str, Tensor]:
-        """Statistics of the images' features; FD and coverage share those of the last images."""
+        """Statistics of generated images; FD and coverage share the last ones."""
         if self.last_features.get(net, (None,))[0] is not images:
-            features, function = Features(), lambda rows: self.nets[net].images(images.load(rows))
-            for part in in_order(self.accelerator, len(images), self.args.batch_size, function, f"{net} features"):
-                features.add(part)
-            self.last_features[net] = images, features.statistics()
+            self.last_features[net] = images, self.compute_statistics(net, images)
         return self.last_features[net][1]
 
     def reference(self, net: str) -> dict[str, Tensor]:
-        """The same of the real images, computed once and kept in a file, which --reference of another evaluation may name."""
+        """Statistics of the real images, computed once and kept in a file, which --reference of another evaluation may name."""
         if net not in self.statistics:
             facts = {"net": net, **self.nets[net].weights, "resolution": str(self.args.resolution)}
             if self.real is None:
                 self.statistics[net] = load_statistics(Path(self.args.reference), facts)
             else:
-                facts |= {"images": self.args.reference, "number": str(len(self.real))}
+                facts |= self.real.settings
                 file = self.out / f"reference-{net}.safetensors"
-                self.statistics[net] = load_statistics(file, facts, strict=False) or self.features(net, self.real)
+                self.statistics[net] = load_statistics(file, facts, strict=False) or self.compute_statistics(net, self.real)
                 self.accelerator.wait_for_everyone()
                 if self.accelerator.is_main_process:
+                    file.parent.mkdir(parents=True, exist_ok=True)
                     save_file(self.statistics[net], file.with_suffix(".tmp"), metadata=facts)
                     file.with_suffix(".tmp").rename(file)
         return self.statistics[net]
 
     def facts(self, metric: str) -> dict:
         """All that a metric's value depends on besides the images."""
-        nets = NETS.get(metric, [self.coverage_net])
-        facts = {k: v for net in nets for k, v in (self.nets[net].weights if net != "judge" else {"weights": "judge"}).items()}
-        if metric in ("fid", "lpips") or metric == "coverage" and self.coverage_net == "fid":
+        facts = {name: value for net in self.nets_of(metric) for name, value in self.nets[net].weights.items()}
+        if metric == "lpips" or "fid" in self.nets_of(metric):
             facts |= {"resize": f"central square, LANCZOS to {self.args.resolution}"}
         if metric in ("fid", "fd", "coverage"):
-            facts |= {"reference": self.args.reference, "n_reference": self.real and len(self.real)}
+            file = Path(self.args.reference)
+            facts |= self.real.settings if self.real else {"reference": str(file), "reference_contents": sha256(file)}
+        if metric == "similarity":
+            facts |= {"sources": digest([sha256(prompt.image) for prompt in self.several])}
         return facts
 
-    def measure(self, key: str, metric: str, settings: dict, function: Callable[[], dict | None]) -> dict | None:
-        """The score of scores/KEY.json where the same was measured before; otherwise measured now, and kept there."""
-        file = self.out / "scores" / f"{key}.json"
-        known = json.loads(file.read_text()) if file.is_file() else {}
-        facts = json.loads(json.dumps(self.facts(metric) | settings))
+    def measure(self, key: str, metric: str, settings: dict, function: Callable[[], dict]) -> dict:
+        """The score that scores/KEY.json holds if the same was measured before; otherwise it is measured now, and kept there."""
+        file, facts = self.out / "scores" / f"{key}.json", json.loads(json.dumps(self.facts(metric) | settings))
+        kept = [json.loads(file.read_text()) if file.is_file() else {}]
+        (known,) = broadcast_object_list(kept)  # the first process has the say, so that all of them do the same
         if known.get(metric, {}).get("facts") != facts:
-            score = function()
-            known[metric] = {"metric": self.title(metric), "facts": facts} | (score or {"value": None})
+            known[metric] = {"metric": self.title(metric)} | function() | {"facts": facts}
             if self.accelerator.is_main_process:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, known)
-        self.accelerator.wait_for_everyone()  # a rank that comes late may find the score in the file
         return known[metric]
 
 
-def evaluate(ev: Evaluation, candidate: Candidate, seed: int) -> dict:
-    """What one model and seed gave; images are made first, and everything is kept."""
-    pipe, key = open_candidate(candidate, ev.accelerator), f"{candidate.key}-seed{seed}"
-    asked = {n: v for n, v in asdict(candidate).items() if n in ("model", "steps", "guidance_scale", "sampler")} | {"seed": seed}
+def evaluate(ev: Evaluation, candidate: Candidate) -> list[dict]:
+    """What one model gave, for each seed; images are made first, and everything is kept."""
+    pipe, asked = open_candidate(candidate, ev.accelerator)
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    settings, sample = asked | {"model_weights": fingerprint(network)}, pipeline_sampler(pipe, candidate, seed)
-    sets = {}
-    if ev.image_metrics:
-        sets |= dict.fromkeys(IMAGE_METRICS, generate(ev, key, settings, sample, ev.texts))
-    if set(PROMPT_METRICS) & set(ev.args.metrics):
-        prompts = [prompt.text for prompt in ev.several for _ in range(DIVERSITY_SEEDS)]
-        several = generate(ev, f"{key}-{DIVERSITY_SEEDS}each", settings, sample, prompts, DIVERSITY_NOISE)
-        sets |= dict.fromkeys(PROMPT_METRICS, several)
-    scores = {}
-    for metric in ev.args.metrics:
-        if metric == "paired":
-            measured = lambda: paired(ev, candidate, pipe, seed)  # noqa: E731
-        else:
-            measured = lambda metric=metric: FUNCTIONS[metric](ev, sets[metric])  # noqa: E731
-        prompts = digest(sets[metric].prompts if metric in sets else ev.texts)
-        scores[metric] = ev.measure(key, metric, settings | {"prompts": prompts}, measured)
-    takes_w = getattr(network.config, "time_cond_proj_dim", None) is not None
-    nfe = candidate.steps * (2 if candidate.guidance_scale > 1 and not takes_w else 1)
-    return {"label": candidate.label, "key": key, "nfe": nfe, "protocol": ev.args.protocol} | settings | {"scores": scores}
+    takes_w = getattr(network.config, "time_cond_proj_dim", None) or getattr(network.config, "guidance_embeds", False)
+    nfe = len(pipe.scheduler.timesteps) * (2 if candidate.guidance_scale > 1 and not takes_w else 1)
+    teacher = halvings_teacher(candidate) if "paired" in ev.args.metrics else None
+    if teacher:
+        gc = load_pipeline(teacher, "--teacher")
+        pairing = {"teacher": teacher, "teacher_weights": contents_of(gc), "teacher_steps": candidate.config["teacher_steps"]}
+    results = []
+    for seed in ev.args.seed:
+        key, settings, sample = f"{candidate.key}-seed{seed}", asked | {"seed": seed}, pipeline_sampler(pipe, candidate, seed)
+        one_each = several = None
+        if ev.image_metrics:
+            one_each = generate(ev, key, settings, sample, ev.texts)
+        if set(PROMPT_METRICS) & set(ev.args.metrics):
+            prompts = [prompt.text for prompt in ev.several for _ in range(DIVERSITY_SEEDS)]
+            several = generate(ev, f"{key}-{DIVERSITY_SEEDS}each", settings, sample, prompts, DIVERSITY_NOISE)
+        scores = {}
+        for metric in ev.args.metrics:
+            if metric != "paired":
+                images = one_each if metric in IMAGE_METRICS else several
+                scores[metric] = ev.measure(key, metric, images.settings, lambda: FUNCTIONS[metric](ev, images))
+            elif teacher:
+                facts = settings | pairing | {"prompts": digest(ev.texts), "precision": ev.accelerator.mixed_precision}
+                scores[metric] = ev.measure(key, metric, facts, lambda: paired(ev, candidate, pipe, gc, seed))
+        results.append({"label": candidate.label, "key": key, "nfe": nfe, "protocol": ev.args.protocol} | settings | {"scores": scores})
+    return results
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -980,7 +1038,7 @@ class Pair:
         if self.teacher_name is None:
             raise SystemExit(f"--shift: {candidate.model} belongs to no run, which would name its teacher; give --teacher")
         teacher_steps = ev.args.teacher_steps or candidate.config.get("teacher_steps", 32)
-        self.pipe, teacher = load_pipeline(candidate.model, "MODEL"), load_pipeline(self.teacher_name, "--teacher")
+        self.pipe, self.teacher_pipe = load_pipeline(candidate.model, "MODEL"), load_pipeline(self.teacher_name, "--teacher")
         grid, teacher_grid = timestep_grid(candidate.steps), timestep_grid(teacher_steps)
         if candidate.sampler == "trained":  # the others take our grid
             self.pipe.scheduler.set_timesteps(candidate.steps)
@@ -991,14 +1049,22 @@ class Pair:
         if not set(grid) <= set(teacher_grid):
             raise SystemExit(f"--teacher_steps {teacher_steps}: the student's timesteps {grid} are not all on the teacher's grid "
                              f"{teacher_grid}; it must have a multiple of {candidate.steps} steps")  # fmt: skip
-        self.schedule = load_schedule(teacher).to(device)
-        if latent_shape(teacher) != latent_shape(self.pipe) or not torch.equal(load_schedule(self.pipe).alpha.to(device), self.schedule.alpha):
+        self.schedule = load_schedule(self.teacher_pipe).to(device)
+        if latent_shape(self.teacher_pipe) != latent_shape(self.pipe) or not torch.equal(load_schedule(self.pipe).alpha.to(device), self.schedule.alpha):
             raise SystemExit(f"--teacher {self.teacher_name}: its latents or its noise schedule are not those of {candidate.model}")
-        self.teacher_weights, self.student_weights = fingerprint(teacher.unet), fingerprint(self.pipe.unet)
-        self.encoder = PromptEncoder(teacher, device)
-        self.teacher = ddim_model(teacher, self.schedule, self.encoder, ev.accelerator)
+        self.teacher_weights, self.student_weights = contents_of(self.teacher_pipe), contents_of(self.pipe)
+        self.encoder = PromptEncoder(self.teacher_pipe, device)
+        self.teacher = ddim_model(self.teacher_pipe, self.schedule, self.encoder, ev.accelerator)
         self.student = ddim_model(self.pipe, self.schedule, self.encoder, ev.accelerator)
-        self.pipe.vae.to(device)
+        half, vae = half_precision(ev.accelerator), self.pipe.vae
+        vae.to(device, torch.float32 if half == torch.float16 and vae.config.force_upcast else half)  # as the pipelines do
+        self.dataset = None
+        if "gap" in ev.args.shift:
+            self.data = ev.args.data or candidate.config.get("data")
+            if self.data is None:
+                raise SystemExit(f"--shift gap: {candidate.model} belongs to no run, which would name its data; give --data")
+            self.dataset = load_images(self.data)[0]
+        self.label = f"{candidate.label}, {candidate.steps} steps"
         self.grid, self.teacher_grid, self.device = [*grid, CLEAN], [*teacher_grid, CLEAN], device
 
     def settings(self, seed: int) -> dict:
@@ -1020,9 +1086,9 @@ class Pair:
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1]."""
-        latents = z / self.pipe.vae.config.scaling_factor
-        pixels = torch.cat([self.pipe.vae.decode(part, return_dict=False)[0] for part in latents.split(16)])
-        return (pixels / 2 + 0.5).clamp(0, 1)
+        latents = (z / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
+        parts = latents.split(max(1, 2**20 // latent_pixels(self.pipe)))  # a batch of large decodes does not fit
+        return (torch.cat([self.pipe.vae.decode(part, return_dict=False)[0] for part in parts]) / 2 + 0.5).clamp(0, 1)
 
     def disagreement(self, z_t: Tensor, j: int, cond: dict) -> Tensor:
         """Mean square [B] of what the student's one step over interval j and the teacher's own steps say about x."""
@@ -1051,9 +1117,8 @@ def evaluate_arms(ev: Evaluation, pair: Pair, seed: int) -> list[dict]:
 
         settings = pair.settings(seed) | {"moves": arm.moves or f"p_T = {arm.p_teacher}"}
         images = generate(ev, key, settings, sample, ev.texts)
-        settings |= {"prompts": digest(ev.texts)}
-        scores = {m: ev.measure(key, m, settings, lambda m=m: FUNCTIONS[m](ev, images)) for m in ev.image_metrics}
-        rows.append(dict(label=pair.candidate.label, kind=arm.kind, arm=arm.name, moves=arm.moves, seed=seed, scores=scores))
+        scores = {m: ev.measure(key, m, images.settings, lambda m=m: FUNCTIONS[m](ev, images)) for m in ev.image_metrics}
+        rows.append(dict(label=pair.label, steps=len(grid), kind=arm.kind, arm=arm.name, moves=arm.moves, seed=seed, scores=scores))
     return rows
 
 
@@ -1062,13 +1127,9 @@ def shift_gap(ev: Evaluation, pair: Pair, seed: int) -> dict:
     ones of the same captions (Frechet distance of latents pooled to 4 x 4, and each channel's mean and std), and how much
     student and teacher disagree about x on both. Beside it the same of latents that the teacher visits, which guidance
     moves too, and of forward-diffused latents of other images: what no shift would give for so many."""
-    data = ev.args.data or pair.candidate.config.get("data")
-    if data is None:
-        raise SystemExit(f"--shift gap: {pair.candidate.model} belongs to no run, which would name its data; give --data")
-    dataset = load_images(data)[0]
-    n = min(ev.args.num_images, len(dataset) // 2)
+    dataset, n = pair.dataset, min(ev.args.num_images, len(pair.dataset) // 2)
     order, J = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)), len(pair.grid) - 1
-    latents = LatentData(dataset, pair.pipe, pair.encoder, ev.args.batch_size, 0, 0, 1, torch.Generator(pair.device), cache=False)
+    latents = LatentData(dataset, pair.teacher_pipe, pair.encoder, ev.args.batch_size, 0, 0, 1, torch.Generator(pair.device), cache=False)
 
     def forward(rows: Tensor, noise: str) -> tuple[list[Tensor], Tensor]:
         """Forward-diffused states at each t, and the captions' token ids; rows of the shuffled data."""
@@ -1130,9 +1191,9 @@ def number(value: float | None, error: float | None = None) -> str:
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-def over_runs(values: list[float | None]) -> tuple[float | None, float | None]:
+def over_runs(values: list[float]) -> tuple[float | None, float | None]:
     """Mean over runs and seeds, and its standard error where there are several."""
-    if None in values:
+    if not values:
         return None, None
     x = torch.tensor(values, dtype=torch.float64)
     return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else None
@@ -1156,9 +1217,9 @@ def main_table(ev: Evaluation, results: list[dict]) -> str:
     for (label, steps, sampler, w), group in groups.items():
         cells = []
         for metric in titles:
-            scores = [result["scores"][metric] for result in group]
+            scores = [result["scores"][metric] for result in group if metric in result["scores"]]
             mean, error = over_runs([score["value"] for score in scores])
-            cells.append(number(mean, error if len(group) > 1 else scores[0].get("standard_error")))
+            cells.append(number(mean, scores[0]["standard_error"] if len(scores) == 1 else error))
         numbers = paper.get((label, steps), {})
         cells += [f"{numbers[c]:g}" if c in numbers else "-" for c in columns]
         rows.append([label, str(steps), str(group[0]["nfe"]), sampler, f"{w:g}", str(len(group)), *cells])
@@ -1191,7 +1252,7 @@ def shift_tables(ev: Evaluation, rows: list[dict], gaps: list[dict]) -> str:
         columns = {f"{label}: {ev.title(m)}": arm_means(rows, label, kind, m) for label in labels for m in ev.image_metrics}
         arms = dict.fromkeys(arm for column in columns.values() for arm in column)
         columns = {title: [number(column.get(arm)) for arm in arms] for title, column in columns.items()}
-        if set(arms) & set(PAPER_SHIFT):
+        if set(arms) & set(PAPER_SHIFT) and any(row["steps"] == 4 for row in rows):
             for i, title in enumerate(("paper: FID (COCO17-5K)", "paper: CLIP (COCO17-5K)")):
                 columns[title] = [f"{PAPER_SHIFT[arm][i]:g}" if arm in PAPER_SHIFT else "-" for arm in arms]
         parts.append(f"{captions[kind]}\n\n{markdown(['', *columns], [list(row) for row in zip(arms, *columns.values())])}")
@@ -1255,7 +1316,7 @@ def report(ev: Evaluation, results: list[dict], rows: list[dict], gaps: list[dic
     records = [{n: v for n, v in result.items() if n != "scores"} | score for result in results for score in result["scores"].values()]
     versions = {name: importlib.metadata.version(name) for name in names}
     write_json(ev.out / "results.json", {"settings": settings, "versions": versions, "results": records, "shift": rows, "gap": gaps})
-    sizes = {score["metric"]: score["n"] for result in results for score in result["scores"].values() if score["value"] is not None}
+    sizes = {score["metric"]: score["n"] for result in results for score in result["scores"].values()}
     tables = [f"Protocol {args.protocol}; prompts {args.prompts}, reference {args.reference}, seeds {args.seed}. Sample sizes: "
               f"{', '.join(f'{name} {n}' for name, n in sizes.items())}. ± is the standard error, over runs where there are several.",
               main_table(ev, results)]  # fmt: skip
@@ -1270,43 +1331,39 @@ def report(ev: Evaluation, results: list[dict], rows: list[dict], gaps: list[dic
     return "\n\n".join(tables)
 
 
-def check_output_dir(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise SystemExit(f"--output_dir {folder}: is a file; choose a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not {"images", "scores"} & {f.name for f in folder.iterdir()}:
-        raise SystemExit(f"--output_dir {folder}: is not empty and holds no evaluation; choose another folder")
-
-
 def main(argv=None) -> None:
     args = parse_args(argv)
     candidates = candidates_of(args)
+    folder = Path(args.output_dir)
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / "images").is_dir():
+        raise SystemExit(f"--output_dir {folder}: holds something else than an evaluation; choose another folder")
+    for candidate in candidates:  # what cannot work is refused now, not after hours
+        find_pipeline(candidate.model, "MODEL")
     accelerator = start_accelerator()
-    check_output_dir(Path(args.output_dir))
-    ev = Evaluation(args, accelerator, candidates)
+    ev = Evaluation(args, accelerator)
     students = [c for c in candidates if c.is_student and c.model != args.teacher and (c.run or args.teacher)] if args.shift else []
     if args.shift and not students:
         raise SystemExit("--shift: none of the models is a student that belongs to a run; name one, or give --teacher")
     for candidate in students:
-        pair = Pair(ev, candidate)  # refused now, not after hours
-        switches(args.switch_order, args.switch_at, pair.grid[:-1])
-        del pair
+        switches(args.switch_order, args.switch_at, Pair(ev, candidate).grid[:-1])
+    (folder / "images").mkdir(parents=True, exist_ok=True)
 
     results, rows, gaps, tables = [], [], [], ""
     for candidate in candidates:
-        for seed in args.seed:
-            results.append(evaluate(ev, candidate, seed))
-            tables = report(ev, results, rows, gaps) if accelerator.is_main_process else ""
+        results += evaluate(ev, candidate)
+        tables = report(ev, results, rows, gaps) if accelerator.is_main_process else ""
     for candidate in students:
+        pair = None  # let go of the one before
         pair = Pair(ev, candidate)
         for seed in args.seed:
             rows += evaluate_arms(ev, pair, seed)
             if "gap" in args.shift:
-                key = f"{candidate.key}-seed{seed}-shift-gap"
-                settings = pair.settings(seed) | {"data": args.data, "num_images": args.num_images}
-                gaps.append({"label": candidate.label, "seed": seed} | ev.measure(key, "gap", settings, lambda: shift_gap(ev, pair, seed)))
+                settings = pair.settings(seed) | {"data": pair.data, "num_images": args.num_images, "precision": accelerator.mixed_precision}
+                gap = ev.measure(f"{candidate.key}-seed{seed}-shift-gap", "gap", settings, lambda: shift_gap(ev, pair, seed))
+                gaps.append({"label": pair.label, "seed": seed} | gap)
             tables = report(ev, results, rows, gaps) if accelerator.is_main_process else ""
     accelerator.print(tables)
-    accelerator.print(f"{ev.out}: results.json, results.md" + ", contact.png" * bool(ev.image_metrics) + ", shift.png" * bool(students))
+    accelerator.print(f"{folder}: results.json, results.md" + ", contact.png" * bool(ev.image_metrics) + ", shift.png" * bool(students))
     accelerator.end_training()
 
 

@@ -430,6 +430,15 @@ def test_forward_counts(rate):
     assert abs((teacher.samples + student.samples) / n - expected) < 0.1
 
 
+def test_each_move_may_have_a_rate_of_its_own():
+    """0 and 1 leave no choice; one rate for all is the same rate everywhere, and takes the same draws."""
+    wanted = torch.rand(64, 4, generator=seeded(3)) < 0.5
+    _, _, _, _, moves = mixed(wanted.float(), seed=1)
+    assert torch.equal(torch.stack(moves, dim=1), wanted)
+    (*_, states, _, moves), (*_, same_states, _, same_moves) = mixed(0.3), mixed(torch.full((64, 4), 0.3))
+    assert all_equal(states, same_states) and all_equal(moves, same_moves)
+
+
 def test_no_graph_through_rollouts():
     scale = torch.nn.Parameter(torch.tensor(0.5))
     model = lambda z_t, t, cond: scale * z_t  # noqa: E731

@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import ROOT, SMALL, change_json, run_here, run_script, save_images, scale_weights
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -112,7 +113,7 @@ def test_two_processes_give_the_same(tmp_path, pd_run, small):
              "--num_images", 7]  # fmt: skip
     one = evaluated(tmp_path / "one", *flags, "--batch_size", 7)
     process = run_script(*flags, "--batch_size", 2, "--output_dir", tmp_path / "two", script="evaluate.py",
-                         launcher=["-m", "torch.distributed.run", "--nproc_per_node", "2"])  # fmt: skip
+                         launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])  # fmt: skip
     assert process.returncode == 0, process.stderr
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     for words in (["seed0-shift-0.5"], ["10each"]):
@@ -121,6 +122,24 @@ def test_two_processes_give_the_same(tmp_path, pd_run, small):
         assert a["value"] == pytest.approx(b["value"], rel=1e-2, abs=1e-4), a["metric"]  # images may differ by 1/255
     for a, b in zip(one["gap"][0]["value"], two["gap"][0]["value"], strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("model", ["pd_run", "xl_folder"])
+def test_bf16(model, tmp_path, request, small, monkeypatch):
+    """Networks in bf16, everything around them works; images stay near those in fp32."""
+    model = request.getfixturevalue(model)
+    flags = [model, *small, *(["--metrics", "clip", "paired", "--shift", "mix", "gap"] if model.name == "pd" else [])]
+    exact = evaluated(tmp_path / "fp32", *flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` sets it
+    try:
+        half = evaluated(tmp_path / "bf16", *flags)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert [r["metric"] for r in half["results"]] == [r["metric"] for r in exact["results"]]
+    a, b = (images_of(tmp_path / precision, "trained-w3-seed0") if model.name != "pd" else images_of(tmp_path / precision, "shift-SS")
+            for precision in ("fp32", "bf16"))  # fmt: skip
+    assert max(abs(a[name] - b[name]).max() for name in a) > 0 and np.mean([abs(a[name] - b[name]).mean() for name in a]) < 8
 
 
 def test_a_killed_generation_goes_on(tmp_path, teacher_folder, small):
@@ -140,7 +159,7 @@ def test_a_killed_generation_goes_on(tmp_path, teacher_folder, small):
 def test_scores_that_are_known_are_not_measured_again(tmp_path, teacher_folder, small, monkeypatch):
     first = evaluated(tmp_path, teacher_folder, *small)
     monkeypatch.setitem(evaluate.FUNCTIONS, "clip", None)
-    again = evaluated(tmp_path, teacher_folder, *small, "--metrics", "clip", "alignment" if False else "fd", "coverage")
+    again = evaluated(tmp_path, teacher_folder, *small, "--metrics", "clip", "fd", "coverage")
     assert again["results"][:2] == first["results"] and len(again["results"]) == 3
 
 
@@ -152,7 +171,7 @@ def test_images_by_other_settings_are_refused_or_replaced(tmp_path, teacher_fold
     message = refused(model, *small, "--num_images", 5, "--output_dir", tmp_path / "out")
     assert "num_images: 6 there, now 5" in message and "--overwrite" in message
     scale_weights(model, 1.1)
-    assert "model_weights" in refused(model, *small, "--output_dir", tmp_path / "out")
+    assert "model_weights: " in refused(model, *small, "--output_dir", tmp_path / "out")
     assert images_of(tmp_path / "out").keys() == before.keys()
     evaluated(tmp_path / "out", model, *small, "--overwrite")
     after = images_of(tmp_path / "out")
@@ -243,7 +262,7 @@ def test_lists_of_prompts(tmp_path, data_folder):
 
 @pytest.mark.parametrize("content, named", [
     ('["a", 5]', "entry 1"), ('[{"prompt": "a", "tokens": [1]}]', "entry 0"), ('[{"image": "x.png"}]', "entry 0"), ("[]", "no prompts"),
-    ('["  "]', "entry 0"), ("[", "no json"), ('[{"prompt": "a", "image": "x.png"}]', "x.png"), ('"a"', "no prompts"),
+    ('["  "]', "entry 0"), ('{"annotations": [{"image_id": 1, "id": 1, "bbox": []}]}', "without captions"), ("[", "no json"), ('[{"prompt": "a", "image": "x.png"}]', "x.png"), ('"a"', "no prompts"),
 ])  # fmt: skip
 def test_prompts_that_are_none(content, named, tmp_path):
     file = tmp_path / "prompts.json"
@@ -351,7 +370,8 @@ class Context:
         self.nets, self.several, self.accelerator, self.args = nets, several, Accelerator(), type("args", (), {"batch_size": 4})
         self.last_features = {}
 
-    over, over_prompts, features = evaluate.Evaluation.over, evaluate.Evaluation.over_prompts, evaluate.Evaluation.features
+    over, over_prompts = evaluate.Evaluation.over, evaluate.Evaluation.over_prompts
+    features, compute_statistics = evaluate.Evaluation.features, evaluate.Evaluation.compute_statistics
 
 
 @torch.no_grad()
@@ -484,8 +504,7 @@ def test_alignment_is_the_judge_s(tmp_path):
     from datasets import load_dataset
 
     rows = load_dataset(str(TINY / "data"))["test"].select(range(60))
-    world = evaluate.tiny_world()
-    context = Context(judge=(world, world.load_judge()))
+    context = Context(judge=evaluate.Judge("cpu"))
     right = evaluate.alignment(context, Shown(rows["image"], list(rows["caption"])))
     wrong = evaluate.alignment(context, Shown(rows["image"], list(rows["caption"][1:]) + list(rows["caption"][:1])))
     assert right["value"] > 0.9 and wrong["value"] < 0.1
@@ -569,7 +588,7 @@ def pair_of(run, tmp_path, *flags):
 
 def test_disagreement_vanishes_where_there_is_none(pd_run, gc_folder, tmp_path):
     """The teacher as its own student, at as many steps, and its slow definition at more of them."""
-    args = evaluate.parse_args([str(gc_folder), "--output_dir", str(tmp_path), "--shift", "--teacher", str(gc_folder), "--steps", "2",
+    args = evaluate.parse_args([str(gc_folder), "--output_dir", str(tmp_path), "--shift", "mix", "--teacher", str(gc_folder), "--steps", "2",
                                 "--teacher_steps", "2", "--sampler", "ddim"])  # fmt: skip
     (candidate,) = evaluate.candidates_of(args)
     ev = type("ev", (), {"args": args, "accelerator": Accelerator()})
@@ -692,7 +711,10 @@ def test_statistics_can_be_the_reference(tmp_path, teacher_folder, small):
 @pytest.mark.parametrize("flags, words", [
     (["--metrics", "clip", "fidd"], ["--metrics fidd", "fid, clip"]), (["--protocol", "coco"], ["--protocol coco", "coco2017-512"]),
     (["--steps", "1", "2"], ["--steps [1, 2]", "1 models"]), (["--steps", "0"], ["--steps 0"]), (["--sampler", "euler"], ["--sampler euler", "ddim"]),
-    (["--seed", "-1"], ["--seed [-1]"]), (["--guidance_scale", "nan"], ["--guidance_scale [nan]"]), (["--num_images", "1"], ["--num_images 1"]),
+    (["--seed", "-1"], ["--seed [-1]"]), (["--guidance_scale", "nan"], ["--guidance_scale [nan]"]), (["--guidance_scale", "0.5"], ["--guidance_scale [0.5]", "at least 1"]),
+    (["--num_images", "1"], ["--num_images 1"]), (["--steps", "1001"], ["--steps 1001", "999"]), (["no/such/model"], ["MODEL no/such/model"]),
+    (["--shift", "mix", "--metrics", "lpips"], ["--shift mix", "alignment", "lpips"]), (["--prompts", "assets/tiny/make.py"], ["--prompts assets/tiny/make.py", ".txt"]),
+    (["--teacher", "assets/tiny/pipeline", "--shift", "gap", "--steps", "4", "--sampler", "ddim"], ["--shift", "--teacher"]),
     (["--mix_teacher", "1.2"], ["--mix_teacher [1.2]"]), (["--shift", "all"], ["--shift all", "mix"]), (["--batch_size", "0"], ["--batch_size 0"]),
     (["--switch_order", "teacher"], ["--switch_order teacher", "teacher-student"]), (["--lpips_net", "resnet"], ["--lpips_net resnet", "vgg"]),
     (["--num_images", "5000"], ["--num_images 5000", "holds only 1500"]), (["--protocol", "coco2017-512"], ["--prompts", "coco2017-512", "captions_val"]),
@@ -708,7 +730,7 @@ def test_bad_flags_are_named(flags, words, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    message = refused(TINY / "pipeline", "--output_dir", tmp_path / "out", *flags)
+    message = refused("assets/tiny/pipeline", *flags, "--output_dir", tmp_path / "out")
     assert all(word in message for word in words), message
     assert not (tmp_path / "out" / "images").exists()
 
@@ -750,6 +772,78 @@ def test_folders_that_are_no_evaluation_are_left_alone(tmp_path, teacher_folder,
     for folder in (tmp_path / "thesis", pd_run):
         assert f"--output_dir {folder}" in refused(teacher_folder, *small, "--overwrite", "--output_dir", folder)
     assert [f.name for f in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
+
+
+def test_more_steps_than_the_sampler_has(tmp_path, teacher_folder, small):
+    pipe = DiffusionPipeline.from_pretrained(teacher_folder)
+    from diffusers import LCMScheduler
+
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=4)
+    pipe.save_pretrained(tmp_path / "model")
+    message = refused(tmp_path / "model", *small, "--steps", 8, "--output_dir", tmp_path / "out")
+    assert "--steps 8" in message and str(tmp_path / "model") in message
+
+
+def test_scheduler_and_vae_belong_to_a_model(tmp_path, teacher_folder, small):
+    """Its images are not taken for those of the same UNet with another sampler."""
+    model = tmp_path / "model"
+    shutil.copytree(teacher_folder, model)
+    evaluated(tmp_path / "out", model, *small)
+    change_json(model / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    assert "model_weights" in refused(model, *small, "--output_dir", tmp_path / "out")
+
+
+def test_scores_follow_the_images(tmp_path, pd_run, small, monkeypatch):
+    """Arms made again in another precision are scored again too."""
+    flags = [pd_run, *small[:-4], "--metrics", "clip", "--shift", "switch", "gap", "--num_images", 4]
+    exact = evaluated(tmp_path, *flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    try:
+        half = evaluated(tmp_path, *flags, "--overwrite")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for a, b in zip(exact["shift"], half["shift"], strict=True):
+        assert a["scores"]["clip"]["facts"]["precision"] != b["scores"]["clip"]["facts"]["precision"]
+    assert exact["gap"][0]["value"] != half["gap"][0]["value"]
+
+
+def test_forwards_are_counted(tmp_path, teacher_folder, gc_folder, small):
+    """Twice the sampler's own timesteps under guidance, of which PNDM has one more than it is asked for."""
+    pipe = DiffusionPipeline.from_pretrained(teacher_folder)
+    from diffusers import PNDMScheduler
+
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    pipe.save_pretrained(tmp_path / "pndm")
+    results = evaluated(tmp_path / "out", teacher_folder, tmp_path / "pndm", gc_folder, *small, "--metrics", "clip", "--num_images", 2,
+                        "--steps", 4)["results"]  # fmt: skip
+    assert [r["nfe"] for r in results] == [8, 10, 4]
+    results = evaluated(tmp_path / "out", teacher_folder, *small, "--metrics", "clip", "--num_images", 2, "--guidance_scale", 1, "--steps", 4)
+    assert results["results"][0]["nfe"] == 4
+
+
+def test_students_of_other_steps_are_other_columns(tmp_path, pd_run, small):
+    """And the paper's numbers, which are of four steps, stand beside nothing else."""
+    flags = [f"{pd_run}/stages/4", pd_run, *small[:-4], "--metrics", "clip", "--num_images", 4, "--shift", "switch", "gap"]
+    results = evaluated(tmp_path, *flags)
+    assert {row["label"] for row in results["shift"]} == {"PD + DDIL, 4 steps", "PD + DDIL, 2 steps"}
+    text = (tmp_path / "results.md").read_text()
+    assert "| teacher, then student from 500 | " in text and "| 23.8 | 0.317 |" in text
+    evaluated(tmp_path / "two", pd_run, *flags[2:])
+    assert "0.317" not in (tmp_path / "two" / "results.md").read_text()
+
+
+def test_reference_needs_no_captions(tmp_path, teacher_folder, small):
+    save_images(tmp_path / "plain" / "inner", 6, seed=0)
+    (tmp_path / "plain" / "inner" / "metadata.jsonl").unlink()
+    assert evaluated(tmp_path / "out", teacher_folder, *small, "--reference", tmp_path / "plain")["results"][1]["value"] > 0
+
+
+def test_a_folder_with_an_equals_sign(tmp_path, teacher_folder):
+    folder = tmp_path / "lr=1e-5"
+    shutil.copytree(teacher_folder, folder)
+    (candidate,) = evaluate.candidates_of(evaluate.parse_args([str(folder)]))
+    assert candidate.model == str(folder)
 
 
 def test_unfinished_run(tmp_path, pd_run):

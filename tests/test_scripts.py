@@ -575,6 +575,7 @@ def test_diverging_run_stops(tmp_path, gc_folder, data_folder):
 
 README = ROOT / "README.md"
 SCRIPTS = ["pd_ddil", "lcm_ddil", "dmd2_ddil"]
+ALL_SCRIPTS = [*SCRIPTS, "evaluate"]
 
 
 def readme_command(word: str) -> str:
@@ -621,12 +622,12 @@ def flags_of(script: str, capsys) -> set[str]:
 
 def test_flags_in_words_exist(capsys):
     """Those of README and of the scripts' docstrings; what stands before a script on a line is accelerate's."""
-    known = {script: flags_of(script, capsys) for script in SCRIPTS}
-    assert all({"--recipe", "--p_forward", "--dry_run"} <= flags for flags in known.values())
+    known = {script: flags_of(script, capsys) for script in ALL_SCRIPTS}
+    assert all({"--recipe", "--p_forward", "--dry_run"} <= known[script] for script in SCRIPTS)
     texts = [(README.read_text(), set.union(*known.values()))]
-    texts += [(importlib.import_module(script).__doc__, known[script]) for script in SCRIPTS]
+    texts += [(importlib.import_module(script).__doc__, known[script]) for script in ALL_SCRIPTS]
     for text, flags in texts:
-        ours = re.sub(r"accelerate launch .*?_ddil\.py|bf16 is accelerate's", "", text)
+        ours = re.sub(r"accelerate launch .*?(_ddil|evaluate)\.py|bf16 is accelerate's", "", text)
         assert set(re.findall(r"(?<![\w-])--\w+", ours)) <= flags
 
 
@@ -638,7 +639,7 @@ def test_links_and_files_of_readme_exist():
     assert not [name for name in links + files if not (ROOT / name).exists()]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
 def test_map_of_the_paper_names_what_exists(script):
     rows = importlib.import_module(script).__doc__.partition("paper   ")[2].partition("\n\n")[0].splitlines()[1:]
     assert 5 < len(rows) <= 15
@@ -653,7 +654,7 @@ def test_map_of_the_paper_names_what_exists(script):
 
 
 def test_readings_cited_in_code_are_listed():
-    code = "".join((ROOT / f"{name}.py").read_text() for name in ("common", *SCRIPTS))
+    code = "".join((ROOT / f"{name}.py").read_text() for name in ("common", *ALL_SCRIPTS))
     listed = set(re.findall(r"^\| D(\d+) \|", README.read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"\[D(\d+)\]", code)) <= listed
 
