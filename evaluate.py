@@ -1168,6 +1168,7 @@ def shift_gap(ev: Evaluation, pair: Pair, seed: int) -> dict:
         statistics = [totals[source * J + j][0].statistics() for source in range(4)]
         moments = [(totals[source * J + j][1].sum / n).split(C) for source in range(4)]
         row = {"t": t, "disagreement, forward": forward_rms[j].item(), "disagreement, visited": visited_rms[j].item()}
+        row["disagreement, visited / forward"] = row["disagreement, visited"] / row["disagreement, forward"]
         mean, std = moments[0][0], (moments[0][1] - moments[0][0].square()).sqrt()
         for source, name in enumerate(("other images", "student", "teacher"), start=1):
             mean_there, std_there = moments[source][0], (moments[source][1] - moments[source][0].square()).sqrt()
@@ -1294,7 +1295,7 @@ def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -
             switched.set(title="switched (Tables 6, 7)", xlabel="second model moves from t", ylabel=ev.title(metric))
             handed_over.set(title="one interval handed over (Fig. 4; thin: none)", xlabel="interval that starts at t", ylabel=ev.title(metric))
         panels = (("FD", ("student", "teacher", "other images"), "visited and forward-diffused latents", "Frechet distance"),
-                  ("disagreement", ("visited", "forward"), "student and teacher about x, one interval", "RMS"),
+                  ("disagreement", ("visited / forward",), "disagreement with the teacher about x, one interval", "on visited / on forward-diffused"),
                   ("std", ("student", "teacher", "other images"), "spread of visited latents", "std / std of forward-diffused"))  # fmt: skip
         for axis, (what, names, title, y) in zip(axes[-1], panels if gaps else ()):
             for name, line in zip(names, ("o-", "o--", "o:")):
