@@ -15,11 +15,12 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -535,123 +536,229 @@ class PromptEncoder:
         return null
 
 
-def load_images(name: str, flag: str = "--data", need_images: bool = True, need_captions: bool = True):
+HELD_OUT = 256  # captions, where the data have no test split
+
+
+def load_images(name: str, flag: str = "--data", need_images: bool = True, need_captions: bool = True, streaming: bool = False,
+                image_column: str | None = None, caption_column: str | None = None):  # fmt: skip
     """(training set, held-out captions): Hugging Face datasets with columns image and caption, from anything that
     `datasets.load_dataset` reads: a folder (parquet, imagefolder with metadata.jsonl, webdataset tars) or a hub name.
-    Held out are the captions of the test / validation split; without one, of the last 256 rows, then not trained on.
-    Where no images are needed, a text file of prompts does too."""
+    Held out are the captions of the test / validation split; without one, of 256 rows, then not trained on.
+    Where no images are needed, a text file of prompts does too. Streamed, nothing is copied and the rows come in order."""
     import datasets
 
     path = Path(name)
     if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise SystemExit(f"{flag} {name}: no such folder, nor a hub name owner/name")
     try:
-        splits = datasets.load_dataset(str(path.resolve()) if path.exists() else name)
+        splits = datasets.load_dataset(str(path.resolve()) if path.exists() else name, streaming=streaming)
+        train = splits["train"] if "train" in splits else next(iter(splits.values()))
+        features = train.features or train._resolve_features().features
     except Exception as error:  # as above
         raise SystemExit(f"{flag} {name}: cannot be read as a data set ({error})")
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
-    images = [c for c, f in train.features.items() if isinstance(f, datasets.Image)]
-    captions = [c for c in ("caption", "text", "txt", "prompt") if c in train.features]
+    for column, what in ((image_column, "--image_column"), (caption_column, "--caption_column")):
+        if column and column not in features:
+            raise SystemExit(f"{what} {column}: {flag} {name} has the columns {list(features)}")
+    images = [image_column] if image_column else [c for c, f in features.items() if isinstance(f, datasets.Image)]
+    captions = [caption_column] if caption_column else [c for c in ("caption", "text", "txt", "prompt") if c in features]
     missing = ["images"] * (need_images and not images)
     missing += ["captions (a column caption, text, txt or prompt)"] * (need_captions and not captions)
     if missing:
-        raise SystemExit(f"{flag} {name}: has no {missing[0]}; its columns are {list(train.features)}")
+        raise SystemExit(f"{flag} {name}: has no {missing[0]}; its columns are {list(features)}")
 
     def columns(split):
         names = dict.fromkeys(images[:1], "image") | dict.fromkeys(captions[:1], "caption")
-        return split.select_columns(list(names)).rename_columns(names)
+        others = {old: new for old, new in names.items() if old != new}
+        split = split.select_columns(list(names))
+        return split.rename_columns(others) if others else split
 
     if not captions:
         return columns(train), []
     held_out = next((splits[s] for s in ("test", "validation") if s in splits), None)
-    if held_out is None:
-        n = min(256, max(1, len(train) // 10))
-        train, held_out = train.select(range(len(train) - n)), train.select(range(len(train) - n, len(train)))
-    prompts = list(columns(held_out)["caption"])
-    if len(train) == 0 or not prompts:
-        raise SystemExit(f"{flag} {name}: its {'test' if len(train) else 'training'} split is empty")
+    if streaming:
+        prompts = [row["caption"] for row in columns(train if held_out is None else held_out).select_columns("caption").take(HELD_OUT)]
+        train = train.skip(HELD_OUT) if held_out is None else train
+    else:
+        if held_out is None:
+            n = min(HELD_OUT, max(1, len(train) // 10))
+            train, held_out = train.select(range(len(train) - n)), train.select(range(len(train) - n, len(train)))
+        prompts = list(columns(held_out)["caption"])
+    if not prompts or not streaming and len(train) == 0:
+        raise SystemExit(f"{flag} {name}: its {'training' if prompts else 'test'} split is empty")
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise SystemExit(f"{flag} {name}: row {[isinstance(p, str) for p in prompts].index(False)} of its test split has no caption")
     return columns(train), prompts
 
 
+def open_data(args, pipe, prompts, rank: int, n_ranks: int, generator: torch.Generator, dataset, cache: bool):
+    """The training data of a run, streamed or not."""
+    kind = StreamedData if args.streaming else LatentData
+    return kind(dataset, pipe, prompts, args.batch_size, args.seed, rank, n_ranks, generator, cache)
+
+
+def count_of(dataset) -> int | str:
+    return len(dataset) if hasattr(dataset, "__len__") else "streamed, not counted"
+
+
+def undecoded(dataset):
+    """The data set with images as they are in the file, so that a broken one is ours to deal with."""
+    import datasets
+
+    return dataset.cast_column("image", datasets.Image(decode=False)) if "image" in dataset.column_names else dataset
+
+
+def reason_against(row: dict) -> str | None:
+    """Why an undecoded row cannot be trained on, or None; its image becomes a PIL image in RGB."""
+    import datasets
+
+    try:
+        if "image" in row:
+            row["image"] = datasets.Image().decode_example(row["image"]).convert("RGB")
+    except Exception as error:  # whatever a broken file raises is a reason to report, not to stop
+        return f"unreadable image ({type(error).__name__})"
+    return None if isinstance(row["caption"], str) and row["caption"].strip() else "no caption"
+
+
 def check_images(dataset) -> Counter:
     """Counts of samples: "usable", or the reason why one cannot be trained on."""
-    import datasets
     from tqdm import tqdm
 
-    counts, has_images = Counter(usable=0), "image" in dataset.column_names
-    for row in tqdm(dataset.cast_column("image", datasets.Image(decode=False)) if has_images else dataset, desc="checking"):
-        try:
-            if has_images:
-                datasets.Image().decode_example(row["image"]).convert("RGB")
-            counts["usable" if isinstance(row["caption"], str) and row["caption"].strip() else "no caption"] += 1
-        except Exception as error:  # whatever a broken file raises is a reason to report, not to stop
-            counts[f"unreadable image ({type(error).__name__})"] += 1
+    counts = Counter(usable=0)
+    counts.update(reason_against(row) or "usable" for row in tqdm(undecoded(dataset), desc="checking"))
     return counts
 
 
 class LatentData:
-    """Endless seeded stream of (x, ids): latents [B, C, h, w] fp32 and token ids, from dataset rows.
+    """Endless seeded stream of (x, ids): latents [B, C, h, w] fp32 and token ids, from the rows of a data set.
 
     Batch k of rank r takes places (k n_ranks + r) B ... + B of the concatenated, shuffled epochs: ranks never share a
-    sample, and `k` is the whole position. With cache=True, VAE moments are computed once and kept in memory.
+    sample, and `k` is the whole position. With cache=True, VAE moments and ids are computed once, and kept on disk for
+    all runs with the same data, VAE and tokenizers. Unusable samples are counted, and others of the batch repeated.
     """
+
+    MAX_UNUSABLE = 0.05  # share of unusable samples that stops a run
 
     def __init__(self, dataset, pipe, prompts: PromptEncoder, batch_size: int, seed: int, rank: int, n_ranks: int,
                  generator: torch.Generator, cache: bool):  # fmt: skip
         self.dataset, self.prompts, self.batch_size = dataset, prompts, batch_size
         self.seed, self.rank, self.n_ranks, self.generator = seed, rank, n_ranks, generator
         self.vae, self.scaling = pipe.vae.to(prompts.device), pipe.vae.config.scaling_factor
-        self.size = latent_shape(pipe)[1] * pipe.vae_scale_factor
-        self.k, self.epoch, self.order, self.cache = 0, -1, None, None
-        if cache:
-            from tqdm import tqdm
+        self.shape = latent_shape(pipe)
+        self.size = self.shape[1] * pipe.vae_scale_factor
+        self.seen, self.unusable = 0, Counter()
+        self.open(cache)
 
-            chunks = torch.arange(len(dataset)).split(batch_size)
-            progress = tqdm(chunks, desc="caching latents", disable=rank != 0, leave=False)
-            moments, ids = zip(*[self.encode(chunk) for chunk in progress])
-            self.cache = torch.cat(moments), torch.cat(ids)
+    def open(self, cache: bool) -> None:
+        self.k, self.epoch, self.order, self.cache = 0, -1, None, None
+        self.raw = undecoded(self.dataset)
+        if cache:
+            self.cache = self.make_cache()
+
+    def position(self) -> dict:
+        """The place in the data, for a checkpoint."""
+        return {"k": self.k}
+
+    def restore(self, position: dict) -> None:
+        self.k = position["k"]
+
+    def make_cache(self):
+        """Columns moments and ids of all usable samples, as a data set on disk; each rank makes its part."""
+        import datasets
+
+        def encode(rows: dict) -> dict:
+            samples = self.usable([dict(zip(rows, values)) for values in zip(*rows.values())])
+            if not samples:
+                return {"moments": [], "ids": []}
+            moments, ids = self.encode_samples(samples)
+            return {"moments": moments.flatten(1).cpu().numpy(), "ids": ids.flatten(1).numpy()}
+
+        key = seed_of(fingerprint(self.vae), self.dataset._fingerprint, self.size, self.prompts.tokenize(["a red 7"]).tolist())
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddil-latents" / f"{key:08x}"
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def part(rank: int):
+            return self.raw.shard(self.n_ranks, rank, contiguous=True).map(
+                encode, batched=True, batch_size=self.batch_size, remove_columns=self.raw.column_names, desc="caching latents",
+                cache_file_name=str(folder / f"{rank}-of-{self.n_ranks}.arrow"), new_fingerprint=f"{key:08x}-{rank}-of-{self.n_ranks}",
+                features=datasets.Features({"moments": datasets.List(datasets.Value("float32")), "ids": datasets.List(datasets.Value("int64"))}),
+            )  # fmt: skip
+
+        part(self.rank)
+        if self.n_ranks > 1:
+            torch.distributed.barrier()
+        cache = datasets.concatenate_datasets([part(rank) for rank in range(self.n_ranks)]).with_format("numpy")
+        if len(cache) == 0:
+            raise SystemExit(f"--data: none of {len(self.dataset)} samples can be used: {self.reasons()}")
+        return cache
 
     def rows(self, k: int) -> Tensor:
-        """Dataset rows [B] of this rank's batch k."""
-        start = (k * self.n_ranks + self.rank) * self.batch_size
+        """Rows [B] of this rank's batch k."""
+        start, n = (k * self.n_ranks + self.rank) * self.batch_size, len(self.dataset if self.cache is None else self.cache)
         rows = []
         for place in range(start, start + self.batch_size):
-            epoch, i = divmod(place, len(self.dataset))
+            epoch, i = divmod(place, n)
             if epoch != self.epoch:
                 generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
-                self.epoch, self.order = epoch, torch.randperm(len(self.dataset), generator=generator)
+                self.epoch, self.order = epoch, torch.randperm(n, generator=generator)
             rows.append(self.order[i])
         return torch.stack(rows)
 
+    def reasons(self) -> str:
+        return ", ".join(f"{n} x {reason}" for reason, n in self.unusable.items()) or "no sample at all"
+
+    def usable(self, samples: list[dict]) -> list[dict]:
+        """The undecoded samples that can be trained on, decoded. SystemExit where too many cannot."""
+        reasons = [reason_against(sample) for sample in samples]
+        self.seen += len(samples)
+        before = self.unusable.total()
+        self.unusable.update(reason for reason in reasons if reason)
+        if self.unusable.total().bit_length() > before.bit_length():  # at the 1st, 2nd, 4th, 8th, ...
+            print(f"warning: --data: skipped {self.reasons()} among the first {self.seen} samples of a process", file=sys.stderr, flush=True)
+        if self.unusable.total() > max(4, self.MAX_UNUSABLE * self.seen):
+            raise SystemExit(f"--data: {self.unusable.total()} of the first {self.seen} samples cannot be used: {self.reasons()}; --check_data "
+                             "counts them all")  # fmt: skip
+        return [sample for sample, reason in zip(samples, reasons) if not reason]
+
     @torch.no_grad()
-    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of dataset rows."""
+    def encode_samples(self, samples: list[dict]) -> tuple[Tensor, Tensor]:
+        """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of decoded samples."""
         import numpy as np
         from PIL import Image, ImageOps
 
-        try:
-            batch = self.dataset[rows.tolist()]
-            fitted = [ImageOps.fit(i.convert("RGB"), (self.size, self.size), Image.LANCZOS) for i in batch["image"]]
-        except Exception as error:  # whatever a broken image raises
-            raise SystemExit(f"--data: one of the rows {rows.tolist()} cannot be used ({error}); --check_data counts such rows")
+        fitted = [ImageOps.fit(sample["image"], (self.size, self.size), Image.LANCZOS) for sample in samples]
         pixels = torch.from_numpy(np.stack([np.asarray(i) for i in fitted])).permute(0, 3, 1, 2)  # [B, 3, H, W] uint8
         moments = []
         for part in pixels.split(16):  # the VAE's activations at full resolution are large
             posterior = self.vae.encode(part.to(self.prompts.device) / 127.5 - 1).latent_dist
             moments.append(torch.stack([posterior.mean, posterior.std], dim=1))
-        return torch.cat(moments), self._tokenize(rows, batch["caption"])
+        return torch.cat(moments), self.prompts.tokenize([sample["caption"] for sample in samples])
 
-    def _tokenize(self, rows: Tensor, captions: Sequence[str]) -> Tensor:
-        if not all(isinstance(caption, str) for caption in captions):
-            raise SystemExit(f"--data: one of the rows {rows.tolist()} has no caption; --check_data counts such rows")
-        return self.prompts.tokenize(captions)
+    def read(self, rows: Tensor, raw) -> list[dict]:
+        """Usable samples, as many as rows."""
+        columns = raw[rows.tolist()]
+        samples = self.usable([dict(zip(columns, values)) for values in zip(*columns.values())])
+        if not samples:
+            raise SystemExit(f"--data: none of the rows {rows.tolist()} can be used: {self.reasons()}")
+        return [samples[i % len(samples)] for i in range(len(rows))]
+
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of rows."""
+        if self.cache is None:
+            return self.encode_samples(self.read(rows, self.raw))
+        columns = self.cache[rows.tolist()]
+        moments = torch.from_numpy(columns["moments"]).unflatten(1, (2, *self.shape))
+        return moments.to(self.prompts.device), self.unflatten_ids(columns["ids"])
+
+    def unflatten_ids(self, ids) -> Tensor:
+        return torch.from_numpy(ids).unflatten(1, (len(self.prompts.tokenizers), -1))
+
+    def draw(self, moments: Tensor, generator: torch.Generator) -> Tensor:
+        mean, std = moments.unbind(dim=1)
+        return (mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)) * self.scaling
 
     def sample(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        moments, ids = self.encode(rows) if self.cache is None else (m[rows.to(m.device)] for m in self.cache)
-        mean, std = moments.unbind(dim=1)
-        return (mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)) * self.scaling, ids
+        moments, ids = self.encode(rows)
+        return self.draw(moments, generator), ids
 
     def next(self) -> tuple[Tensor, Tensor]:
         self.k += 1
@@ -662,8 +769,80 @@ class LatentData:
         self.k += 1
         rows = self.rows(self.k - 1)
         if self.cache is not None:
-            return self.cache[1][rows]
-        return self._tokenize(rows, self.dataset.select_columns("caption")[rows.tolist()]["caption"])
+            return self.unflatten_ids(self.cache.select_columns("ids")[rows.tolist()]["ids"])
+        return self.prompts.tokenize([sample["caption"] for sample in self.read(rows, self.dataset.select_columns("caption"))])
+
+    def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
+        """Of n random samples, or of all if there are fewer; the same on all ranks."""
+        size = len(self.dataset if self.cache is None else self.cache)
+        rows = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:n].split(self.batch_size)
+        return torch.cat([self.sample(part, generator)[0] for part in rows])
+
+
+class StreamedData(LatentData):
+    """The same from a data set that is read in order, once an epoch: its samples are split over the ranks and shuffled within
+    blocks of BLOCK. The position (state of the stream at the block's start, place in the block) is exact."""
+
+    BLOCK = 1000
+
+    def open(self, cache: bool) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        self.cache = None  # latents on disk would be a copy of the stream
+        self.stream = split_dataset_by_node(undecoded(self.dataset), self.rank, self.n_ranks)
+        self.start = self.stream.state_dict()
+        self.restore({"epoch": 0, "blocks": 0, "state": self.start, "place": 0})
+
+    def position(self) -> dict:
+        return {"epoch": self.epoch, "blocks": self.blocks - 1, "state": self.block_state, "place": self.place}
+
+    def restore(self, position: dict) -> None:
+        self.epoch, self.blocks = position["epoch"], position["blocks"]
+        self.stream.load_state_dict(position["state"])
+        self.iterator = iter(self.stream)
+        self.read_block()
+        self.place = position["place"]
+
+    def read_block(self) -> None:
+        for _ in range(2):
+            self.block_state = self.stream.state_dict()
+            block = list(islice(self.iterator, self.BLOCK))
+            if block:
+                break
+            self.epoch += 1  # the stream has ended: from its start again
+            self.stream.load_state_dict(self.start)
+            self.iterator = iter(self.stream)
+        else:
+            raise SystemExit(f"--data: yields no sample for process {self.rank} of {self.n_ranks}")
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "block", self.blocks))
+        self.block = [block[i] for i in torch.randperm(len(block), generator=generator)]
+        self.blocks, self.place = self.blocks + 1, 0
+
+    def next_samples(self, need_images: bool) -> list[dict]:
+        """This rank's next usable samples, a batch of them."""
+        samples = []
+        while len(samples) < self.batch_size:
+            if self.place == len(self.block):
+                self.read_block()
+            sample = self.block[self.place]
+            self.place += 1
+            samples += self.usable([dict(sample) if need_images else {"caption": sample["caption"]}])
+        return samples
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        moments, ids = self.encode_samples(self.next_samples(need_images=True))
+        return self.draw(moments, self.generator), ids
+
+    def next_ids(self) -> Tensor:
+        return self.prompts.tokenize([sample["caption"] for sample in self.next_samples(need_images=False)])
+
+    def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
+        """Of the first usable samples of the whole stream, the same on all ranks."""
+        latents, stream = [], iter(undecoded(self.dataset).take(n))
+        while samples := list(islice(stream, self.batch_size)):
+            if samples := self.usable(samples):
+                latents.append(self.draw(self.encode_samples(samples)[0], generator))
+        return torch.cat(latents)
 
 
 def support_of(threshold: str, data: LatentData) -> Support:
@@ -673,9 +852,7 @@ def support_of(threshold: str, data: LatentData) -> Support:
     if threshold != "measured":
         radius = torch.full((1, 1, 1, 1), float(threshold), device=data.generator.device)
         return -radius, radius
-    rows = torch.randperm(len(data.dataset), generator=torch.Generator().manual_seed(0))[:1024].split(data.batch_size)
-    generator = torch.Generator(data.generator.device).manual_seed(0)
-    return measure_support(torch.cat([data.sample(part, generator)[0] for part in rows]))
+    return measure_support(data.first_latents(1024, torch.Generator(data.generator.device).manual_seed(0)))
 
 
 # --- runs: processes, arguments, folders, checkpoints ---
@@ -977,7 +1154,7 @@ def reflect_warning(threshold: str, moved: dict[str, float], is_last: bool) -> s
 def rank_state(run) -> dict:
     """This rank's own part of a checkpoint: generators, place in the data, metrics, support, fp16's scaler."""
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
-    return dict(noise=run.noise.get_state(), shared=run.shared.get_state(), k=run.data.k, metrics=run.metrics.totals,
+    return dict(noise=run.noise.get_state(), shared=run.shared.get_state(), data=run.data.position(), metrics=run.metrics.totals,
                 support=run.support, scaler=scaler)  # fmt: skip
 
 
@@ -986,7 +1163,8 @@ def restore_rank(run, mine: dict) -> None:
     device = run.accelerator.device
     run.noise.set_state(mine["noise"])
     run.shared.set_state(mine["shared"])
-    run.metrics.totals, run.data.k = mine["metrics"].to(device), mine["k"]
+    run.metrics.totals = mine["metrics"].to(device)
+    run.data.restore(mine["data"])
     run.support = mine["support"] and tuple(bound.to(device) for bound in mine["support"])
     if run.accelerator.scaler:
         run.accelerator.scaler.load_state_dict(mine["scaler"])

@@ -42,18 +42,19 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, any_timesteps, betas_of, check_images, check_output_dir, check_shared_flags, consistency_function,
-    consistency_rollout, create_output_dir, eps_from_v, fingerprint, forward_states, last_checkpoint, latent_shape,
-    learning_rate, load_images, load_pipeline, load_schedule, load_state, moved_fraction, noise_of, part_of, priors_of,
-    rank_state, reflect, reflect_warning, refuse_changes, resolve, restore_rank, save_checkpoint, save_grid,
-    save_pipeline, seed_of, start_accelerator, student_rollout, support_of, teacher_rollout, text_encoders, timestep_grid,
-    updates_of, with_guidance, x_from_v,
+    accumulation_of, any_timesteps, betas_of, check_images, check_output_dir, check_shared_flags,
+    consistency_function, consistency_rollout, count_of, create_output_dir, eps_from_v, fingerprint, forward_states,
+    last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state,
+    moved_fraction, noise_of, open_data, part_of, priors_of, rank_state, reflect, reflect_warning, refuse_changes,
+    resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator, student_rollout,
+    support_of, teacher_rollout, text_encoders, timestep_grid, updates_of, with_guidance, x_from_v,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
 PAPER = dict(
     student_init=None, fake_init=None, teacher_steps=20, student_steps=4, p_forward=(0.0,), p_teacher=None, p_student=None,
     mixed_rollout=False, reflect="measured", fake_updates=10, gan_weight=5e-3, critic_gan_weight=1e-2, seed=0, report_to=None,
+    streaming=False, image_column=None, caption_column=None,
 )  # fmt: skip
 SSD1B = PAPER | dict(
     teacher=None, data=None, output_dir="runs/dmd2_ddil-ssd1b", updates=30_000, guidance_scale=8.0, global_batch_size=7,
@@ -115,7 +116,10 @@ def parse_args(argv=None):
     run.add_argument("--check_data", action="store_true", help="print how many samples are usable and why others are not, then stop")
     run.add_argument("--max_updates", type=int, help="end after so many updates (for tests)")
     run.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="trade time for memory")
-    run.add_argument("--cache_latents", action=argparse.BooleanOptionalAction, help="VAE moments of all images in memory")
+    run.add_argument("--cache_latents", action=argparse.BooleanOptionalAction, help="encode all images once and keep their latents on disk, for later runs too")
+    run.add_argument("--streaming", action=argparse.BooleanOptionalAction, help="read the data in order while training; nothing is copied or cached")
+    run.add_argument("--image_column", help="of the data (default: its first column of images)")
+    run.add_argument("--caption_column", help="of the data (default: caption, text, txt or prompt)")
     run.add_argument("--log_every", type=int, help="updates between lines and rows of metrics.csv")
     run.add_argument("--save_every", type=int, help="updates between checkpoints and sample grids")
     run.add_argument("--report_to", help="a tracker that accelerate knows (tensorboard, wandb, ...); default none")
@@ -689,7 +693,9 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     pipes = load_pipes(args)
     timesteps = timestep_grid(args.student_steps, "trailing")
     check_sampler(pipes["student"], timesteps)
-    dataset, held_out = load_images(args.data, need_images=False)
+    dataset, held_out = load_images(
+        args.data, need_images=False, streaming=args.streaming, image_column=args.image_column, caption_column=args.caption_column
+    )
     has_images = "image" in dataset.column_names
     if needs_images(args) and not has_images:
         raise SystemExit(f"--data {args.data}: has no images, which --gan_weight {args.gan_weight} and --p_forward "
@@ -698,7 +704,7 @@ def setup(args, accelerator: Accelerator) -> Run | None:
         raise SystemExit(f"--reflect measured: --data {args.data} has no images to measure; give a radius, or none")
     if args.dry_run or args.check_data:
         half = accelerator.mixed_precision in ("fp16", "bf16")
-        report = describe(args, pipes, len(dataset), world_size, half) if args.dry_run else ""
+        report = describe(args, pipes, count_of(dataset), world_size, half) if args.dry_run else ""
         counts = check_images(dataset) if args.check_data else {}
         accelerator.print("\n".join([report] * bool(report) + [f"{reason:24} {n}" for reason, n in counts.items()]))
         return None
@@ -707,8 +713,7 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     set_seed(args.seed, device_specific=True)
     noise = torch.Generator(device).manual_seed(seed_of(args.seed, "rank", rank))
     prompts = PromptEncoder(pipe, device)
-    data = LatentData(dataset, pipe, prompts, args.batch_size, args.seed, rank, world_size, noise,
-                      args.cache_latents and needs_images(args))  # fmt: skip
+    data = open_data(args, pipe, prompts, rank, world_size, noise, dataset, cache=args.cache_latents and needs_images(args))
     metrics = Metrics(
         out / "metrics.csv", ["total_updates", "unet_forwards", "lr", "seconds"],
         ["loss_matching", *[f"loss_matching_{origin}" for origin in ORIGINS], *[f"loss_matching_t{t}" for t in timesteps],

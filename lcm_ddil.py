@@ -40,18 +40,18 @@ from tqdm import tqdm
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
     accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, consistency_function,
-    consistency_rollout, create_output_dir, ddim_step, drop_prompts, fingerprint, forward_states, last_checkpoint,
-    latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, noise_of, noting, part_of,
-    priors_of, rank_state, reflect_warning, refuse_changes, replace_folder, resolve, restore_rank, save_checkpoint,
-    save_grid, save_pipeline, seed_of, select, start_accelerator, student_rollout, support_of, teacher_rollout,
-    text_encoders, timestep_grid, updates_of, with_guidance, with_w_embedding,
+    consistency_rollout, count_of, create_output_dir, ddim_step, drop_prompts, fingerprint, forward_states,
+    last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, noise_of,
+    noting, open_data, part_of, priors_of, rank_state, reflect_warning, refuse_changes, replace_folder, resolve,
+    restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, select, start_accelerator, student_rollout,
+    support_of, teacher_rollout, text_encoders, timestep_grid, updates_of, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
 PAPER = dict(
     teacher_steps=50, student_steps=4, rollout_steps=(3, 4, 5), p_forward=(0.75, 0.5), p_teacher=(0.0,), p_student=None,
     loss="huber", huber_c=0.001, ema_decay=0.95, prompt_dropout=0.0, lora_rank=0, store_start=False, reflect="measured",
-    seed=0, report_to=None,
+    seed=0, report_to=None, streaming=False, image_column=None, caption_column=None,
 )  # fmt: skip
 SD15 = PAPER | dict(
     teacher=None, data=None, output_dir="runs/lcm_ddil-sd15", updates=8000, guidance_range=(6.0, 16.0), global_batch_size=360,
@@ -111,7 +111,10 @@ def parse_args(argv=None):
     run.add_argument("--check_data", action="store_true", help="print how many samples are usable and why others are not, then stop")
     run.add_argument("--max_updates", type=int, help="end after so many updates (for tests)")
     run.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="trade time for memory")
-    run.add_argument("--cache_latents", action=argparse.BooleanOptionalAction, help="VAE moments of all images in memory")
+    run.add_argument("--cache_latents", action=argparse.BooleanOptionalAction, help="encode all images once and keep their latents on disk, for later runs too")
+    run.add_argument("--streaming", action=argparse.BooleanOptionalAction, help="read the data in order while training; nothing is copied or cached")
+    run.add_argument("--image_column", help="of the data (default: its first column of images)")
+    run.add_argument("--caption_column", help="of the data (default: caption, text, txt or prompt)")
     run.add_argument("--eval_guidance_scale", type=float, help="w of the sample grids")
     run.add_argument("--log_every", type=int, help="updates between lines and rows of metrics.csv")
     run.add_argument("--save_every", type=int, help="updates between checkpoints and sample grids")
@@ -231,7 +234,7 @@ def without_lora(model: Model, unet) -> Model:
     return frozen
 
 
-def describe(args, pipe, n_images: int, world_size: int) -> str:
+def describe(args, pipe, n_images: int | str, world_size: int) -> str:
     """What --dry_run prints: resolved recipe, batch arithmetic, parameters and memory."""
     unet = pipe.unet.num_parameters()
     trained = unet
@@ -527,9 +530,11 @@ def setup(args, accelerator: Accelerator) -> Run | None:
         raise SystemExit(f"--teacher {args.teacher}: predicts epsilon and has zero terminal SNR; that needs v-prediction")
     solver_grid = timestep_grid(args.teacher_steps, "trailing")
     check_sampler(pipe, args, solver_grid)
-    dataset, held_out = load_images(args.data)
+    dataset, held_out = load_images(
+        args.data, streaming=args.streaming, image_column=args.image_column, caption_column=args.caption_column
+    )
     if args.dry_run or args.check_data:
-        report = describe(args, pipe, len(dataset), world_size) if args.dry_run else ""
+        report = describe(args, pipe, count_of(dataset), world_size) if args.dry_run else ""
         counts = check_images(dataset) if args.check_data else {}
         accelerator.print("\n".join([report] * bool(report) + [f"{reason:24} {n}" for reason, n in counts.items()]))
         return None
@@ -538,7 +543,7 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     set_seed(args.seed, device_specific=True)
     noise = torch.Generator(device).manual_seed(seed_of(args.seed, "rank", rank))
     prompts = PromptEncoder(pipe, device)
-    data = LatentData(dataset, pipe, prompts, args.batch_size, args.seed, rank, world_size, noise, args.cache_latents)
+    data = open_data(args, pipe, prompts, rank, world_size, noise, dataset, cache=args.cache_latents)
     bins = [*range(99, 1000, 100)]
     t_columns = [f"loss_t{t}" for t in bins]
     metrics = Metrics(

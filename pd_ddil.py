@@ -40,11 +40,11 @@ from tqdm import tqdm
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
     TrajectoryBuffer, UNetModel, accumulation_of, any_timesteps, check_images, check_output_dir, check_shared_flags,
-    create_output_dir, ddim_step, dpm_solver, drop_prompts, fingerprint, forward_states, in_order, last_checkpoint,
-    latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, mixed_rollout, noise_of,
-    noting, rank_state, reflect_v, reflect_warning, refuse_changes, resolve, restore_rank, rotation,
-    save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator, student_rollout, support_of,
-    text_encoders, timestep_grid, with_guidance, with_w_embedding,
+    count_of, create_output_dir, ddim_step, dpm_solver, drop_prompts, fingerprint, forward_states, in_order,
+    last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state,
+    mixed_rollout, noise_of, noting, open_data, rank_state, reflect_v, reflect_warning, refuse_changes, resolve,
+    restore_rank, rotation, save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator, student_rollout,
+    support_of, text_encoders, timestep_grid, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -67,7 +67,8 @@ RECIPES = {
         log_every=50, save_every=500,
     ),
 }  # fmt: skip
-COMMON_DEFAULTS = dict(teacher_steps=32, student_steps=4, reflect="measured", store_start=False, seed=0, report_to=None)
+COMMON_DEFAULTS = dict(teacher_steps=32, student_steps=4, reflect="measured", store_start=False, seed=0, report_to=None,
+                       streaming=False, image_column=None, caption_column=None)  # fmt: skip
 RECIPES = {name: COMMON_DEFAULTS | recipe for name, recipe in RECIPES.items()}
 # May differ when a run is resumed; the teacher's path too, as its weights are compared.
 RUN_FLAGS = ("teacher", "output_dir", "log_every", "save_every", "report_to")
@@ -103,7 +104,10 @@ def parse_args(argv=None):
     run.add_argument("--check_data", action="store_true", help="print how many samples are usable and why others are not, then stop")
     run.add_argument("--max_updates", type=int, help="end each part after so many updates (for tests)")
     run.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="trade time for memory")
-    run.add_argument("--cache_latents", action=argparse.BooleanOptionalAction, help="VAE moments of all images in memory")
+    run.add_argument("--cache_latents", action=argparse.BooleanOptionalAction, help="encode all images once and keep their latents on disk, for later runs too")
+    run.add_argument("--streaming", action=argparse.BooleanOptionalAction, help="read the data in order while training; nothing is copied or cached")
+    run.add_argument("--image_column", help="of the data (default: its first column of images)")
+    run.add_argument("--caption_column", help="of the data (default: caption, text, txt or prompt)")
     run.add_argument("--eval_prompts", type=int, help="held-out prompts of the paired trajectory error")
     run.add_argument("--eval_guidance_scale", type=float, help="w of the sample grids")
     run.add_argument("--log_every", type=int, help="updates between lines and rows of metrics.csv")
@@ -279,7 +283,7 @@ class Evaluation:
         return (ends - self.reference(str(self.teacher_steps))).pow(2).mean().sqrt().item()
 
 
-def describe(args, phases: list[Phase], pipe, n_images: int, world_size: int) -> str:
+def describe(args, phases: list[Phase], pipe, n_images: int | str, world_size: int) -> str:
     """What --dry_run prints: resolved recipe, phases, batch arithmetic, parameters and memory."""
     unet = pipe.unet.num_parameters()
     others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
@@ -597,10 +601,12 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     if prediction_type != "v_prediction" and (has_w or schedule.alpha.min() == 0):
         what = "a w embedding (an LCM, perhaps)" if has_w else "zero terminal SNR"
         raise SystemExit(f"--teacher {args.teacher}: predicts {prediction_type} and has {what}; that needs v-prediction")
-    dataset, held_out = load_images(args.data)
+    dataset, held_out = load_images(
+        args.data, streaming=args.streaming, image_column=args.image_column, caption_column=args.caption_column
+    )
     phases = plan_phases(args, prediction_type, has_w)
     if args.dry_run or args.check_data:
-        report = describe(args, phases, pipe, len(dataset), world_size) if args.dry_run else ""
+        report = describe(args, phases, pipe, count_of(dataset), world_size) if args.dry_run else ""
         counts = check_images(dataset) if args.check_data else {}
         accelerator.print("\n".join([report] * bool(report) + [f"{reason:24} {n}" for reason, n in counts.items()]))
         return None, phases
@@ -609,7 +615,7 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     set_seed(args.seed, device_specific=True)
     noise = torch.Generator(device).manual_seed(seed_of(args.seed, "rank", rank))
     prompts = PromptEncoder(pipe, device)
-    data = LatentData(dataset, pipe, prompts, args.batch_size, args.seed, rank, world_size, noise, args.cache_latents)
+    data = open_data(args, pipe, prompts, rank, world_size, noise, dataset, cache=args.cache_latents)
     grid = timestep_grid(args.teacher_steps // 2)  # of the first student: those of the later ones are parts of it
     t_columns = [f"loss_t{t}" for t in grid]
     metrics = Metrics(

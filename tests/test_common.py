@@ -2,22 +2,26 @@
 
 import ast
 import builtins
+import io
+import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from diffusers import (
     DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline,
 )  # fmt: skip
+from safetensors.torch import load_file, save_file
 
 import common
 from common import (
-    CLEAN, LatentData, NoiseSchedule, PromptEncoder, SamplingPrior, TrajectoryBuffer, add_noise, check_images,
+    CLEAN, LatentData, NoiseSchedule, PromptEncoder, SamplingPrior, StreamedData, TrajectoryBuffer, add_noise, check_images,
     combine_guidance, consistency_function, consistency_rollout, ddim_step, drop_prompts, eps_from_v, forward_states,
     guidance_embedding, load_images, load_pipeline, load_schedule, measure_support, mixed_rollout, moved_fraction,
-    noise_of, reflect, reflect_warning, rotation, student_rollout, teacher_rollout, timestep_grid, v_from_prediction,
+    noise_of, open_data, reflect, reflect_warning, rotation, student_rollout, teacher_rollout, timestep_grid, v_from_prediction,
     x_from_v,
 )  # fmt: skip
 
@@ -812,6 +816,150 @@ def test_data_goes_on_at_batch_k(teacher_folder, data_folder):
     assert torch.equal(resumed.rows(11), data.rows(11))
     assert torch.equal(resumed.next()[1], batches[11][1])  # token ids; the latents follow the noise generator too
     assert resumed.k == 12
+
+
+def save_as(kind: str, folder, data_folder):
+    """The training images of data_folder, in three shards where the kind has shards."""
+    import tarfile
+
+    from datasets import load_dataset
+
+    if kind == "imagefolder":
+        return data_folder
+    folder.mkdir()
+    rows = load_dataset(str(data_folder))["train"]
+    if kind == "parquet":
+        for i in range(3):
+            rows.shard(3, i).to_parquet(str(folder / f"train-{i}-of-3.parquet"), batch_size=4)
+        load_dataset(str(data_folder))["test"].to_parquet(str(folder / "test.parquet"))
+        return folder
+    for i in range(3):
+        with tarfile.open(folder / f"train-{i:03d}.tar", "w") as tar:
+            for j, row in enumerate(rows.shard(3, i)):
+                png = io.BytesIO()
+                row["image"].save(png, "PNG")
+                for suffix, content in (("png", png.getvalue()), ("txt", row["caption"].encode())):
+                    member = tarfile.TarInfo(f"{i}{j:03d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def captions_of(data, n_batches: int) -> list[str]:
+    """Of the next batches; the tokenizer of these tests is invertible."""
+    tokenizer = data.prompts.tokenizers[0]
+    return [tokenizer.decode(ids[0], skip_special_tokens=True).replace(" ", "") for _ in range(n_batches) for ids in data.next()[1]]
+
+
+def open_kind(kind, streaming, folder, teacher_folder, rank=0, n_ranks=2, cache=False, batch_size=4):
+    pipe = load_pipeline(str(teacher_folder))
+    pipe.tokenizer.model_max_length = 64  # or captions are cut
+    args = SimpleNamespace(streaming=streaming, batch_size=batch_size, seed=0)
+    dataset, held_out = load_images(str(folder), streaming=streaming)
+    return open_data(args, pipe, PromptEncoder(pipe, "cpu"), rank, n_ranks, seeded(rank), dataset, cache), held_out
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["imagefolder", "parquet", "webdataset"])
+def test_each_sample_reaches_training_once(kind, streaming, tmp_path, teacher_folder, data_folder, monkeypatch):
+    """Over two ranks and an epoch; and a rank that is resumed, anywhere in its shuffled blocks, goes on at the next sample."""
+    monkeypatch.setattr(StreamedData, "BLOCK", 7)
+    monkeypatch.setattr("common.HELD_OUT", 4)  # of the tars, which have no test split
+    folder, seen = save_as(kind, tmp_path / kind, data_folder), []
+    for rank in range(2):
+        data, held_out = open_kind(kind, streaming, folder, teacher_folder, rank, batch_size=2)
+        before = captions_of(data, 5)
+        position = torch.load(io.BytesIO(saved(data.position())), weights_only=True)
+        after = captions_of(data, 5)
+        resumed, _ = open_kind(kind, streaming, folder, teacher_folder, rank, batch_size=2)
+        resumed.restore(position)
+        assert captions_of(resumed, 5) == after
+        seen += (before + after)[: 18 if kind == "webdataset" else 20]
+    assert len(seen) == len(set(seen)) and not set(seen) & {caption.replace(" ", "") for caption in held_out}
+    assert len(seen) == (36 if kind == "webdataset" else 40)
+
+
+def saved(value) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def test_a_stream_begins_again(tmp_path, teacher_folder, data_folder, monkeypatch):
+    """Every epoch has every sample of the rank, and another order."""
+    monkeypatch.setattr(StreamedData, "BLOCK", 7)
+    data, _ = open_kind("imagefolder", True, data_folder, teacher_folder)
+    epochs = [captions_of(data, 5) for _ in range(3)]
+    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 20 for epoch in epochs)
+    assert epochs[0] != epochs[1] and data.epoch == 2
+    resumed, _ = open_kind("imagefolder", True, data_folder, teacher_folder)
+    resumed.restore(data.position())
+    assert captions_of(resumed, 7) == captions_of(data, 7)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_support_is_the_same_on_all_ranks(streaming, teacher_folder, data_folder):
+    ranks = [open_kind("imagefolder", streaming, data_folder, teacher_folder, rank)[0] for rank in range(2)]
+    a, b = (data.first_latents(16, seeded()) for data in ranks)
+    assert torch.equal(a, b) and len(a) == 16
+    captions_of(ranks[0], 5), captions_of(ranks[1], 5)  # which is still there, whole
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unusable_samples_are_skipped_and_reported(streaming, tmp_path, teacher_folder, data_folder, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(data_folder, folder)
+    for i in (3, 17, 30):
+        (folder / "train" / f"{i:03d}.png").write_bytes(b"no image")
+    data, _ = open_kind("imagefolder", streaming, folder, teacher_folder, n_ranks=1)
+    seen = captions_of(data, 10)
+    assert not {f"image{i}oftrain" for i in (3, 17, 30)} & set(seen) and len(set(seen)) >= 36
+    assert "skipped 1 x unreadable image" in capsys.readouterr().err
+    for i in range(5, 25):
+        (folder / "train" / f"{i:03d}.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match=r"--data: [5-8] of the first \d+ samples cannot be used: [5-8] x unreadable image"):
+        data, _ = open_kind("imagefolder", streaming, folder, teacher_folder, n_ranks=1)
+        captions_of(data, 10)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_can_be_named(streaming, tmp_path, data_folder, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr("common.HELD_OUT", 4)
+
+    rows = datasets.load_dataset(str(data_folder))["train"]
+    rows = rows.add_column("thumbnail", [None] * 40).rename_columns({"image": "photo", "caption": "alt"})
+    rows.to_parquet(str(tmp_path / "train.parquet"))
+    found, _ = load_images(str(tmp_path), streaming=streaming, image_column="photo", caption_column="alt")
+    assert set(next(iter(found))) == {"image", "caption"}
+    with pytest.raises(SystemExit, match=r"--caption_column text: .*'alt'"):
+        load_images(str(tmp_path), streaming=streaming, caption_column="text")
+    with pytest.raises(SystemExit, match="has no captions"):
+        load_images(str(tmp_path), streaming=streaming)
+
+
+def test_latents_on_disk_serve_later_runs(teacher_folder, data_folder, tmp_path, monkeypatch):
+    """Neither VAE nor images are asked again; another VAE has a cache of its own; unusable samples are left out."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    shutil.copytree(data_folder, folder)
+    (folder / "train" / "003.png").write_bytes(b"no image")
+    first, _ = open_kind("imagefolder", False, folder, teacher_folder, n_ranks=1, cache=True)
+    assert len(first.cache) == 39
+    with monkeypatch.context() as patched:
+        patched.setattr(LatentData, "encode_samples", None)
+        again, _ = open_kind("imagefolder", False, folder, teacher_folder, n_ranks=1, cache=True)
+        batches = [(first.next(), again.next()) for _ in range(3)]
+        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in batches)
+    other = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, other)
+    weights = load_file(other / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({name: 1.01 * value for name, value in weights.items()}, other / "vae" / "diffusion_pytorch_model.safetensors")
+    changed, _ = open_kind("imagefolder", False, folder, other, n_ranks=1, cache=True)
+    assert not np.array_equal(changed.cache[0]["moments"], first.cache[0]["moments"])
 
 
 def test_cached_latents_equal_encoded_ones(teacher_folder, data_folder):

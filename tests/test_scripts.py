@@ -213,6 +213,18 @@ def test_killed_run_resumes_as_if_unbroken(finished, tmp_path, teacher_folder, d
     assert_same_run(folder, finished)
 
 
+def test_streamed_run_resumes_as_if_unbroken(tmp_path, gc_folder, data_folder):
+    """The place in a stream is part of a checkpoint."""
+    flags = command("", gc_folder, data_folder, "--streaming", "--save_every", 4, "--teacher_steps", 8)
+    flags.remove("--output_dir"), flags.remove("")
+    run_here(*flags, "--output_dir", tmp_path / "whole")
+    process = interrupt("pd_ddil.py", tmp_path / "run", signal.SIGKILL, 4, *flags, "--output_dir", tmp_path / "run")
+    assert process.returncode == -signal.SIGKILL
+    run_here("--resume", "--output_dir", tmp_path / "run")
+    whole, resumed = (weights_of(tmp_path / run / "pipeline") for run in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_terminated_run_saves_and_resumes(finished, tmp_path, teacher_folder, data_folder, capsys):
     """SIGTERM in guidance conditioning: saved at once, exit code 0, and whole after --resume."""
     folder = tmp_path / "run"
