@@ -424,15 +424,19 @@ def open_pipeline(name: str, flag: str):
     """
     import diffusers
 
-    try:
-        kind = find_pipeline(name, flag)
-        extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipe = getattr(diffusers, kind).from_pretrained(
-            name, use_safetensors=True, local_files_only=Path(name).exists(), dtype=torch.float32,
-            **(extra if kind == "StableDiffusionPipeline" else {}),
-        )  # fmt: skip
-    except Exception as error:  # as above
-        raise SystemExit(f"{flag} {name}: cannot be loaded ({error})")
+    kind, failures = find_pipeline(name, flag), []
+    extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    for variant in (None, "fp16"):  # some are published in half precision alone
+        try:
+            pipe = getattr(diffusers, kind).from_pretrained(
+                name, use_safetensors=True, local_files_only=Path(name).exists(), dtype=torch.float32, variant=variant,
+                **(extra if kind == "StableDiffusionPipeline" else {}),
+            )  # fmt: skip
+            break
+        except Exception as error:  # as above
+            failures.append(error)
+    else:
+        raise SystemExit(f"{flag} {name}: cannot be loaded ({failures[0]})")
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
@@ -502,11 +506,17 @@ class PromptEncoder:
         self.time_ids = [height, width, 0, 0, height, width]  # SDXL: original size, crop corner, target size
         self.memo, self.memo_size = {}, memo  # embeddings of recent prompts: small data sets are encoded just once
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Token ids [B, encoders, L] on the CPU."""
+    def tokenize(self, captions: Sequence[str], sizes: Tensor | None = None) -> Tensor:
+        """Token ids [B, encoders, L] on the CPU. SDXL's have one row more, which begins with the size conditioning: `sizes`
+        [B, 6] (original height and width, crop top and left, target height and width) or, as at inference, all of an image."""
         padded = dict(padding="max_length", truncation=True, return_tensors="pt")
         ids = [t(list(captions), max_length=t.model_max_length, **padded).input_ids for t in self.tokenizers]
-        return torch.stack(ids, dim=1)
+        ids = torch.stack(ids, dim=1)
+        if not self.xl:
+            return ids
+        last = torch.zeros_like(ids[:, :1])
+        last[:, 0, :6] = torch.tensor(self.time_ids) if sizes is None else sizes
+        return torch.cat([ids, last], dim=1)
 
     @torch.no_grad()
     def encode(self, ids: Tensor) -> dict[str, Tensor]:
@@ -525,12 +535,11 @@ class PromptEncoder:
         if not self.xl:
             return {"prompt": outputs[0][0].float()}
         prompt = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1).float()  # SDXL: the layer before the last
-        time_ids = torch.tensor(self.time_ids, device=self.device).expand(len(ids), -1)
-        return {"prompt": prompt, "text_embeds": outputs[-1][0].float(), "time_ids": time_ids}
+        return {"prompt": prompt, "text_embeds": outputs[-1][0].float(), "time_ids": ids[:, -1, :6].to(self.device)}
 
     def null(self) -> dict[str, Tensor]:
         """cond of the empty prompt, one row: the unconditional branch of guidance, as the pipeline makes it."""
-        null = self.encode(self.tokenize([""]))
+        null = {name: value for name, value in self.encode(self.tokenize([""])).items() if name != "time_ids"}  # those of the prompt stay
         if self.zero_null:  # SDXL
             null |= {name: torch.zeros_like(null[name]) for name in ("prompt", "text_embeds")}
         return null
@@ -725,13 +734,17 @@ class LatentData:
         import numpy as np
         from PIL import Image, ImageOps
 
-        fitted = [ImageOps.fit(sample["image"], (self.size, self.size), Image.LANCZOS) for sample in samples]
+        images, n = [sample["image"] for sample in samples], self.size
+        fitted = [ImageOps.fit(image, (n, n), Image.LANCZOS) for image in images]  # the central square
+        original = torch.tensor([[image.height, image.width] for image in images])  # [B, 2]
+        corners = ((original * n / original.amin(dim=1, keepdim=True)).round() - n) // 2  # of the crop, in the image as it is scaled
+        sizes = torch.cat([original, corners.long(), torch.full_like(original, n)], dim=1)
         pixels = torch.from_numpy(np.stack([np.asarray(i) for i in fitted])).permute(0, 3, 1, 2)  # [B, 3, H, W] uint8
         moments = []
         for part in pixels.split(16):  # the VAE's activations at full resolution are large
             posterior = self.vae.encode(part.to(self.prompts.device) / 127.5 - 1).latent_dist
             moments.append(torch.stack([posterior.mean, posterior.std], dim=1))
-        return torch.cat(moments), self.prompts.tokenize([sample["caption"] for sample in samples])
+        return torch.cat(moments), self.prompts.tokenize([sample["caption"] for sample in samples], sizes)
 
     def read(self, rows: Tensor, raw) -> list[dict]:
         """Usable samples, as many as rows."""
@@ -750,7 +763,7 @@ class LatentData:
         return moments.to(self.prompts.device), self.unflatten_ids(columns["ids"])
 
     def unflatten_ids(self, ids) -> Tensor:
-        return torch.from_numpy(ids).unflatten(1, (len(self.prompts.tokenizers), -1))
+        return torch.from_numpy(ids).unflatten(1, (len(self.prompts.tokenizers) + self.prompts.xl, -1))
 
     def draw(self, moments: Tensor, generator: torch.Generator) -> Tensor:
         mean, std = moments.unbind(dim=1)

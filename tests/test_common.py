@@ -3,6 +3,7 @@
 import ast
 import builtins
 import io
+import json
 import shutil
 import sys
 from types import SimpleNamespace
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from datasets import load_dataset
 from diffusers import (
     DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline,
 )  # fmt: skip
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import common
@@ -22,7 +25,7 @@ from common import (
     combine_guidance, consistency_function, consistency_rollout, ddim_step, drop_prompts, eps_from_v, forward_states,
     guidance_embedding, load_images, load_pipeline, load_schedule, measure_support, mixed_rollout, moved_fraction,
     noise_of, open_data, reflect, reflect_warning, rotation, student_rollout, teacher_rollout, timestep_grid, v_from_prediction,
-    x_from_v,
+    with_guidance, x_from_v,
 )  # fmt: skip
 
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -737,7 +740,7 @@ def test_prompts_equal_sdxl_s(xl_folder, zeros):
     assert (null["prompt"] == 0).all() == zeros
     size = (32, 32)
     theirs = pipe._get_add_time_ids(size, (0, 0), size, torch.float32, text_encoder_projection_dim=16)
-    assert torch.equal(cond["time_ids"].float(), theirs.expand(4, -1)) and torch.equal(null["time_ids"].float(), theirs)
+    assert torch.equal(cond["time_ids"].float(), theirs.expand(4, -1)) and "time_ids" not in null
 
 
 def test_prompts_are_the_same_from_memory(teacher_folder):
@@ -920,6 +923,38 @@ def test_unusable_samples_are_skipped_and_reported(streaming, tmp_path, teacher_
     with pytest.raises(SystemExit, match=r"--data: [5-8] of the first \d+ samples cannot be used: [5-8] x unreadable image"):
         data, _ = open_kind("imagefolder", streaming, folder, teacher_folder, n_ranks=1)
         captions_of(data, 10)
+
+
+def test_sizes_of_images_condition_sdxl(xl_folder, tmp_path):
+    """Original size, corner of the central crop in the image as it is scaled, target size: as diffusers' SDXL training scripts.
+    Rollouts, which have no image, and the unconditional branch see what the pipeline gives."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    sizes = [(96, 32), (32, 64), (20, 20)]  # width, height
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size).save(folder / f"{i}.png")
+    captions = [{"file_name": f"{i}.png", "caption": "a"} for i in range(3)]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in captions))
+    dataset = load_dataset(str(folder))["train"]
+    pipe = load_pipeline(str(xl_folder))
+    prompts = PromptEncoder(pipe, "cpu")
+    for cache in (False, True):
+        data = LatentData(dataset, pipe, prompts, 3, 0, 0, 1, seeded(), cache)
+        ids = data.encode(torch.arange(3))[1]
+        assert prompts.encode(ids)["time_ids"].tolist() == [[32, 96, 0, 32, 32, 32], [64, 32, 16, 0, 32, 32], [20, 20, 0, 0, 32, 32]]
+        assert prompts.encode(data.next_ids() if not cache else prompts.tokenize(["a"] * 3))["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 3
+    seen = []
+    guided = with_guidance(lambda z_t, t, cond: seen.append(cond["time_ids"]) or z_t, prompts.null())
+    guided(torch.zeros(3, 4, 8, 8), torch.zeros(3, dtype=torch.long), prompts.encode(ids) | {"w": torch.ones(3)})
+    assert torch.equal(seen[0], prompts.encode(ids)["time_ids"].repeat(2, 1))
+
+
+def test_half_precision_files(teacher_folder, tmp_path):
+    """A folder that holds the fp16 variant alone, as some are published."""
+    pipe = DiffusionPipeline.from_pretrained(teacher_folder, dtype=torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert not list(tmp_path.glob("unet/diffusion_pytorch_model.safetensors"))
+    assert next(load_pipeline(str(tmp_path)).unet.parameters()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("streaming", [False, True])
