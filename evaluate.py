@@ -28,6 +28,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -443,11 +444,12 @@ def generate(ev: "Evaluation", name: str, settings: dict, sample: Sampler, promp
                                              disable=not accelerator.is_main_process or not todo) as bar:  # fmt: skip
         for batch in batches:
             images = sample([prompts[i] for i in batch], [first_noise + i for i in batch])
-            for i, image in zip(batch, images):
-                if not image.isfinite().all():
+            images = images.float()
+            for i, total in zip(batch, images.sum(dim=(1, 2, 3)).tolist()):  # of values in [0, 1]
+                if not math.isfinite(total):
                     raise SystemExit(f"images/{name}: the image of prompt {i} ({prompts[i]!r}, seed {settings['seed']}, noise "
                                      f"{first_noise + i}) is not finite; what was made before is kept")  # fmt: skip
-            pixels = (images.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # as diffusers does
+            pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # as diffusers does
             for task in saving:
                 task.result()  # raises what went wrong
             saving = [pool.submit(save_image, files[i], image) for i, image in zip(batch, pixels)]

@@ -313,7 +313,7 @@ def peak_memory() -> None:
 
 
 def evaluate_over_stock(name: str, make, steps: int, batch_size: int, rounds: int) -> None:
-    """A batch or two of ours and of a user's own loop in turn; both leave PNG files."""
+    """Six batches of ours and of a user's own loop in turn; both leave PNG files."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model = str(make(folder / "model"))
@@ -321,7 +321,7 @@ def evaluate_over_stock(name: str, make, steps: int, batch_size: int, rounds: in
         accelerator = Accelerator()
         pipe, _ = evaluate.open_candidate(candidate, accelerator)
         ev = SimpleNamespace(args=SimpleNamespace(batch_size=batch_size, overwrite=False), out=folder, accelerator=accelerator)
-        sample, prompts = evaluate.pipeline_sampler(pipe, candidate, 0), ["a red seven on a yellow background"] * (2 * batch_size)
+        sample, prompts = evaluate.pipeline_sampler(pipe, candidate, 0), ["a red seven on a yellow background"] * (6 * batch_size)
 
         def ours(round: int):
             evaluate.generate(ev, str(round), {"seed": 0}, sample, prompts)
@@ -376,9 +376,9 @@ BENCHMARKS = {
     "dmd2.ddil_over_plain.mid": lambda: on_mid(dmd2_ddil_over_plain, 1),
     "dmd2.update_over_unet.tiny": lambda: on_tiny(dmd2_update_over_unet, 30, False),
     "dmd2.update_over_unet.mid": lambda: on_mid(dmd2_update_over_unet, 6, True),
-    "evaluate.over_stock.tiny.4": lambda: evaluate_over_stock("tiny.4", tiny_gc, 4, 50, 15),
-    "evaluate.over_stock.tiny.32": lambda: evaluate_over_stock("tiny.32", tiny_gc, 32, 50, 7),
-    "evaluate.over_stock.mid.4": lambda: evaluate_over_stock("mid.4", mid_gc, 4, 4, 7),
+    "evaluate.over_stock.tiny.4": lambda: evaluate_over_stock("tiny.4", tiny_gc, 4, 50, 7),
+    "evaluate.over_stock.tiny.32": lambda: evaluate_over_stock("tiny.32", tiny_gc, 32, 50, 3),
+    "evaluate.over_stock.mid.4": lambda: evaluate_over_stock("mid.4", mid_gc, 4, 4, 3),
     "evaluate.memory": evaluate_memory,
 }
 
