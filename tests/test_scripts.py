@@ -646,7 +646,7 @@ def test_flags_in_words_exist(capsys):
 def test_links_and_files_of_readme_exist():
     text = README.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    files = re.findall(r"^\| `([\w./]+)` \|", text, flags=re.MULTILINE)
+    files = re.findall(r"^\| `(\w+[./]\w+)` \|", text, flags=re.MULTILINE)
     assert links and files
     assert not [name for name in links + files if not (ROOT / name).exists()]
 
