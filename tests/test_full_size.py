@@ -1,0 +1,104 @@
+"""The real architectures, with random weights: SD1.5's and SSD-1B's UNets (their own blocks and layers, fewer channels, small
+latents), predicting eps and v, through three updates, a kill, a resume and an evaluation in each script."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from conftest import run_here, run_script, save_teacher, weights_of
+
+SD15 = dict(  # CompVis/stable-diffusion-v1-4, runwayml/stable-diffusion-v1-5
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    layers_per_block=2, norm_num_groups=32, attention_head_dim=8,
+)  # fmt: skip
+SSD1B = dict(  # segmind/SSD-1B: a UNet of SDXL's family, its two halves unlike, no attention in the middle
+    down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    mid_block_type="UNetMidBlock2D", layers_per_block=2, norm_num_groups=32, use_linear_projection=True,
+    transformer_layers_per_block=[1, [2, 2], [4, 4]], reverse_transformer_layers_per_block=[[4, 4, 10], [2, 1, 1], 1],
+)  # fmt: skip
+NARROW = {
+    "sd15": SD15 | dict(block_out_channels=(32, 64, 64, 64)),
+    "ssd1b": SSD1B | dict(block_out_channels=(32, 64, 64), attention_head_dim=(1, 2, 2)),
+}
+HALF = {  # half of the real widths: a few hundred million parameters
+    "sd15": SD15 | dict(block_out_channels=(160, 320, 640, 640)),
+    "ssd1b": SSD1B | dict(block_out_channels=(160, 320, 640), attention_head_dim=(5, 10, 20)),
+}
+SHORT = "--warmup 1 --log_every 1 --save_every 2 --seed 1".split()
+FLAGS = {
+    "pd_ddil": "--teacher_steps 4 --student_steps 2 --max_updates 3 --p_forward 0.5 --eval_prompts 2 --guidance_range 2 5".split(),
+    "lcm_ddil": "--updates 3 --p_forward 0.5 --guidance_range 2 5".split(),
+    "dmd2_ddil": "--updates 3 --fake_updates 2".split(),
+}
+
+
+def flags(script: str, teacher, data, folder, batch: int = 2) -> list:
+    return ["--teacher", teacher, "--data", data, "--output_dir", folder, *SHORT, "--global_batch_size", batch, *FLAGS[script]]
+
+
+def killed(script: str, after: int, args: list, monkeypatch) -> None:
+    """The run, which dies while it makes update after + 1."""
+    module, name = importlib.import_module(script), "iterate" if script == "dmd2_ddil" else "update_student"
+    update, calls = getattr(module, name), []
+
+    def dies(*inputs, **more):
+        calls.append(1)
+        if len(calls) > after:
+            raise ConnectionAbortedError
+        return update(*inputs, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(ConnectionAbortedError):
+        patched.setattr(module, name, dies)
+        run_here(*args, script=f"{script}.py")
+
+
+def trains_resumes_and_evaluates(script, unet, xl, prediction_type, tmp_path, data_folder, monkeypatch) -> None:
+    teacher = save_teacher(tmp_path / "teacher", xl=xl, prediction_type=prediction_type, **unet)
+    run_here(*flags(script, teacher, data_folder, tmp_path / "whole"), script=f"{script}.py")
+    updates = 2 * (2 if script == "dmd2_ddil" else 1)
+    killed(script, updates, flags(script, teacher, data_folder, tmp_path / "run"), monkeypatch)
+    assert not (tmp_path / "run" / "pipeline").exists()
+    run_here("--resume", "--output_dir", tmp_path / "run", script=f"{script}.py")
+    whole, resumed = (weights_of(tmp_path / run / "pipeline") for run in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    before = weights_of(teacher)
+    assert any(not torch.equal(whole[name], before[name]) for name in before)
+    (tmp_path / "prompts.json").write_text(json.dumps(["a", "b"]))
+    run_here(tmp_path / "run", teacher, "--prompts", tmp_path / "prompts.json", "--metrics", "clip", "--num_images", 2, "--steps", 2, 4,
+             "--output_dir", tmp_path / "evaluation", script="evaluate.py")  # fmt: skip
+    values = [r["value"] for r in json.loads((tmp_path / "evaluation" / "results.json").read_text())["results"]]
+    assert len(values) == 2 and all(-1 <= value <= 1 for value in values)
+
+
+def slow_unless(fast, *case):
+    return pytest.param(*case, marks=() if fast else pytest.mark.slow)
+
+
+# All of them: -m ""
+CASES = [slow_unless((architecture == "sd15") == (prediction_type == "epsilon"), script, architecture, prediction_type)
+         for script in FLAGS for architecture in NARROW for prediction_type in ("epsilon", "v_prediction")]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, architecture, prediction_type", CASES)
+def test_architecture(script, architecture, prediction_type, tmp_path, data_folder, monkeypatch):
+    trains_resumes_and_evaluates(script, NARROW[architecture], architecture == "ssd1b", prediction_type, tmp_path, data_folder, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", HALF)
+@pytest.mark.parametrize("script", FLAGS)
+def test_half_of_the_real_width(script, architecture, tmp_path, data_folder, monkeypatch):
+    trains_resumes_and_evaluates(script, HALF[architecture], architecture == "ssd1b", "epsilon", tmp_path, data_folder, monkeypatch)
+
+
+@pytest.mark.parametrize("script, architecture", [slow_unless(False, "pd_ddil", "ssd1b"), slow_unless(False, "lcm_ddil", "sd15"),
+                                                  slow_unless(True, "dmd2_ddil", "ssd1b")])  # fmt: skip
+def test_two_processes(script, architecture, tmp_path, data_folder):
+    """DDP: trained, saved, and resumed at the end."""
+    teacher = save_teacher(tmp_path / "teacher", xl=architecture == "ssd1b", **NARROW[architecture])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for more in (flags(script, teacher, data_folder, tmp_path / "run"), ["--resume", "--output_dir", tmp_path / "run"]):
+        process = run_script(*more, script=f"{script}.py", launcher=launcher)
+        assert process.returncode == 0, process.stderr
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
