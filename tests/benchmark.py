@@ -4,6 +4,7 @@
     pd.update_over_unet  seconds of an update over its bare UNet forwards and backward: tiny (without the optimiser; two
                          sums of the same numbers, what is left is overhead), mid size (30M parameters, everything)
     pd.peak_memory       peak resident memory of a mid-size stage with DDIL over the same stage without
+    pd.weak_scaling      seconds of an update in one process over those in two (DDP), mid size, one thread and as many samples each
     lcm.ddil_over_plain, lcm.update_over_unet    the same of LCM: the whole recipe; tiny, and mid size
     lcm.networks         UNets in memory, with the moving average and with --ema_decay 0
     dmd2.ddil_over_plain, dmd2.update_over_unet  the same of DMD2: a student's update with all of its critic's
@@ -12,6 +13,8 @@
     evaluate.memory          peak resident memory of FID's statistics of 3,000 and of 30,000 images of 256 pixels, without a network
 """
 
+import csv
+import os
 import statistics
 import subprocess
 import sys
@@ -363,11 +366,29 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             report(f"evaluate.memory.{n}", int(out.split()[-1]) / 2**20, "GiB")
 
 
+def weak_scaling(rounds: int = 2) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        folder, found = Path(folder), {1: [], 2: []}
+        mid_gc(folder / "gc"), few_images(folder / "data")
+        for round in range(rounds):
+            for n in found:
+                out = folder / f"{round}-{n}"
+                flags = f"--teacher {folder}/gc --data {folder}/data --output_dir {out} --p_forward 0.5 --teacher_steps 8 --log_every 1 "
+                flags += f"--updates 4=12 --global_batch_size {4 * n} --batch_size 4 --eval_prompts 4"
+                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), "pd_ddil.py"]
+                subprocess.run([sys.executable, *launcher, *flags.split()], cwd=ROOT, capture_output=True, check=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                with (out / "metrics.csv").open(newline="") as file:
+                    found[n] += [float(row["seconds"]) for row in csv.DictReader(file) if row["seconds"]][2:]  # two to warm up
+        report("pd.weak_scaling", statistics.mean(found[1]) / statistics.mean(found[2]))
+
+
 BENCHMARKS = {
     "pd.ddil_over_plain": ddil_over_plain,
     "pd.update_over_unet.tiny": lambda: update_over_unet("tiny", tiny_gc, [], 30, with_optimizer=False),
     "pd.update_over_unet.mid": lambda: update_over_unet("mid", mid_gc, ["--global_batch_size", "4"], 8, with_optimizer=True),
     "pd.peak_memory": peak_memory,
+    "pd.weak_scaling": weak_scaling,
     "lcm.ddil_over_plain": lcm_ddil_over_plain,
     "lcm.update_over_unet.tiny": lambda: on_tiny(lcm_update_over_unet, 30, False),
     "lcm.update_over_unet.mid": lambda: on_mid(lcm_update_over_unet, 8, True),

@@ -85,6 +85,19 @@ def test_architecture(script, architecture, prediction_type, tmp_path, data_fold
     trains_resumes_and_evaluates(script, NARROW[architecture], architecture == "ssd1b", prediction_type, tmp_path, data_folder, monkeypatch)
 
 
+@pytest.mark.parametrize("script", FLAGS)
+def test_compiled_networks_train_the_same(script, tmp_path, teacher_folder, data_folder, monkeypatch):
+    """What --compile wraps; the compiler itself is told to do nothing, or this would take minutes."""
+    compiled, compile_module = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module) or compile_module(module))
+    with torch.compiler.set_stance("force_eager"):
+        for run, more in ("plain", []), ("compiled", ["--compile"]):
+            run_here(*flags(script, teacher_folder, data_folder, tmp_path / run), *more, script=f"{script}.py")
+    plain, same = (weights_of(tmp_path / run / "pipeline") for run in ("plain", "compiled"))
+    assert all(torch.equal(plain[name], same[name]) for name in plain)
+    assert len(compiled) >= {"pd_ddil": 6, "lcm_ddil": 3, "dmd2_ddil": 3}[script]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", HALF)
 @pytest.mark.parametrize("script", FLAGS)
