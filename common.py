@@ -889,7 +889,10 @@ def start_accelerator(**settings):
     # without a GPU, accelerate takes each process of torchrun for a run of its own, unless told that CPUs are meant
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of every gradient
                 InitProcessGroupKwargs(timeout=timedelta(hours=2))]  # ranks wait while the first one writes a checkpoint
-    accelerator = Accelerator(cpu=launched > 1 and not torch.accelerator.is_available(), kwargs_handlers=handlers, **settings)
+    try:
+        accelerator = Accelerator(cpu=launched > 1 and not torch.accelerator.is_available(), kwargs_handlers=handlers, **settings)
+    except ValueError as error:  # a precision that the device has not
+        raise SystemExit(f"accelerate launch --mixed_precision {os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')}: {error}")
     if accelerator.num_processes != launched:
         raise SystemExit(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: check its config")
     return accelerator
@@ -905,6 +908,31 @@ def in_order(accelerator, n: int, batch_size: int, function: Callable[[Tensor], 
         padded = torch.arange(-(-len(chunk) // n_ranks) * n_ranks) % len(chunk)  # so that every rank gets as many
         gathered = accelerator.gather(function(chunk[padded[rank::n_ranks]]))  # rank by rank
         yield gathered.unflatten(0, (n_ranks, -1)).transpose(0, 1).flatten(0, 1)[: len(chunk)]
+
+
+def frozen_dtype(accelerator) -> torch.dtype:
+    """Of networks that are not trained: half precision under mixed precision."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def device_memory(device: torch.device) -> float:
+    """GiB that the device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def memory_report(gib: float, what: str, device: torch.device) -> str:
+    """What the networks take beside what the device has."""
+    has = device_memory(device)
+    verdict = "activations come on top" if gib < has else "does NOT fit"
+    return f"{gib:.2f} GiB for {what}; the device ({device.type}) has {has:.1f} GiB: {verdict}"
+
+
+def check_memory(report: str) -> None:
+    """SystemExit where not even the networks fit."""
+    if report.endswith("does NOT fit"):
+        raise SystemExit(f"this run needs {report}; more processes don't help, a lower precision (accelerate launch --mixed_precision) may")
 
 
 ACTIONS = ("resume", "overwrite", "dry_run", "check_data")  # flags that are no setting of a run

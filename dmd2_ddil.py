@@ -42,12 +42,13 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, any_timesteps, betas_of, check_images, check_output_dir, check_shared_flags,
+    accumulation_of, any_timesteps, betas_of, check_images, check_memory, check_output_dir, check_shared_flags,
     consistency_function, consistency_rollout, count_of, create_output_dir, eps_from_v, fingerprint, forward_states,
-    last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state,
-    moved_fraction, noise_of, open_data, part_of, priors_of, rank_state, reflect, reflect_warning, refuse_changes,
-    resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator, student_rollout,
-    support_of, teacher_rollout, text_encoders, timestep_grid, updates_of, with_guidance, x_from_v,
+    frozen_dtype, last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline, load_schedule,
+    load_state, memory_report, moved_fraction, noise_of, open_data, part_of, priors_of, rank_state, reflect,
+    reflect_warning, refuse_changes, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of,
+    start_accelerator, student_rollout, support_of, teacher_rollout, text_encoders, timestep_grid, updates_of,
+    with_guidance, x_from_v,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -331,20 +332,31 @@ def check_fit(teacher, pipe, flag: str, name: str) -> None:
         raise SystemExit(f"{flag} {name}: predicts epsilon and has zero terminal SNR; that needs v-prediction")
 
 
-def describe(args, pipes: dict, n_samples: int | str, world_size: int, half: bool) -> str:
+def trained_parameters(args, pipes: dict) -> dict[str, int]:
+    networks = {"student": pipes["student"].unet, "fake score": pipes["fake"].unet}
+    networks |= {"GAN head": make_head(pipes["fake"].unet)} if args.gan_weight else {}
+    return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+
+
+def memory_of(args, pipes: dict, accelerator) -> str:
+    """GiB of the networks and their optimisers in each process, beside the device's."""
+    frozen = [pipes["teacher"].vae, *text_encoders(pipes["teacher"])]
+    others = sum(p.numel() for module in frozen for p in module.parameters())
+    gib = (16 * sum(trained_parameters(args, pipes).values()) + 4 * others) / 2**30
+    gib += frozen_dtype(accelerator).itemsize * pipes["teacher"].unet.num_parameters() / 2**30
+    what = "student and critic with gradients and AdamW (16 bytes a parameter), teacher, VAE and text encoders"
+    return memory_report(gib, what, accelerator.device)
+
+
+def describe(args, pipes: dict, n_samples: int | str, accelerator) -> str:
     """What --dry_run prints: resolved recipe, batch arithmetic, and the memory of each network."""
 
     def gib(parameters: int, bytes_each: int) -> str:
         return f"{parameters / 1e6:.4g}M parameters, {bytes_each * parameters / 2**30:.4g} GiB"
 
-    trained = 16  # fp32 weight, gradient and AdamW's two moments
     others = sum(p.numel() for module in (pipes["teacher"].vae, *text_encoders(pipes["teacher"])) for p in module.parameters())
-    networks = {"student": pipes["student"].unet, "fake score": pipes["fake"].unet}
-    networks |= {"GAN head": make_head(pipes["fake"].unet)} if args.gan_weight else {}
-    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    teacher = sum(p.numel() for p in pipes["teacher"].unet.parameters())
-    frozen = 2 if half else 4
-    total = (trained * sum(counts.values()) + frozen * teacher + 4 * others) / 2**30
+    counts, teacher = trained_parameters(args, pipes), pipes["teacher"].unet.num_parameters()
+    frozen, world_size = frozen_dtype(accelerator).itemsize, accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
         "": "",
@@ -356,7 +368,7 @@ def describe(args, pipes: dict, n_samples: int | str, world_size: int, half: boo
         **{f"{name}, weights": gib(n, 4) for name, n in counts.items()},
         **{f"{name}, AdamW": gib(n, 8) for name, n in counts.items()},
         "VAE, text encoders": gib(others, 4),
-        "memory a process": f"{total:.2f} GiB with the gradients; activations come on top",
+        "memory a process": memory_of(args, pipes, accelerator),
     }
     return "\n".join(f"{name:24} {value}" for name, value in rows.items())
 
@@ -633,7 +645,7 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(args.seed, "head"))  # alike on all ranks
         critic_module = Critic(fake_unet, make_head(fake_unet).to(device) if args.gan_weight else None)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    half = frozen_dtype(accelerator)
 
     def model(unet, name: str) -> UNetModel:
         return UNetModel(unet, run.schedule, prediction_type[name], accelerator.autocast)
@@ -706,12 +718,12 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     if args.reflect == "measured" and not has_images:
         raise SystemExit(f"--reflect measured: --data {args.data} has no images to measure; give a radius, or none")
     if args.dry_run or args.check_data:
-        half = accelerator.mixed_precision in ("fp16", "bf16")
-        report = describe(args, pipes, count_of(dataset), world_size, half) if args.dry_run else ""
+        report = describe(args, pipes, count_of(dataset), accelerator) if args.dry_run else ""
         counts = check_images(dataset) if args.check_data else {}
         accelerator.print("\n".join([report] * bool(report) + [f"{reason:24} {n}" for reason, n in counts.items()]))
         return None
 
+    check_memory(memory_of(args, pipes, accelerator))
     out, pipe, schedule = Path(args.output_dir), pipes["teacher"], load_schedule(pipes["teacher"]).to(device)
     set_seed(args.seed, device_specific=True)
     noise = torch.Generator(device).manual_seed(seed_of(args.seed, "rank", rank))

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, PromptEncoder, UNetModel, add_noise, dpm_solver, find_pipeline, fingerprint, in_order, latent_shape,
-    load_images, load_pipeline, load_schedule, mixed_rollout, noise_generator, noise_of, open_pipeline, priors_of, rotation,
+    frozen_dtype, load_images, load_pipeline, load_schedule, mixed_rollout, noise_generator, noise_of, open_pipeline, priors_of, rotation,
     save_sheet, seed_of, start_accelerator, student_rollout, teacher_rollout, timestep_grid, with_guidance,
 )  # fmt: skip
 
@@ -405,7 +405,7 @@ def open_candidate(candidate: Candidate, accelerator):
         pipe.vae.enable_slicing()  # a batch of decodes does not fit
     asked = {"model": candidate.model, "model_weights": contents_of(pipe), "steps": candidate.steps, "guidance_scale": candidate.guidance_scale,
              "sampler": candidate.sampler}  # fmt: skip
-    return pipe.to(accelerator.device, half_precision(accelerator)), asked
+    return pipe.to(accelerator.device, frozen_dtype(accelerator)), asked
 
 
 def contents_of(pipe) -> str:
@@ -420,10 +420,6 @@ def latent_pixels(pipe) -> int:
     size = network.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * width * pipe.vae_scale_factor**2
-
-
-def half_precision(accelerator) -> torch.dtype:
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def generate(ev: "Evaluation", name: str, settings: dict, sample: Sampler, prompts: list[str], first_noise: int = 0) -> Images:
@@ -823,7 +819,7 @@ def halvings_teacher(candidate: Candidate) -> str | None:
 
 def ddim_model(pipe, schedule, encoder: PromptEncoder, accelerator):
     """A pipeline's UNet as model(z_t, t, cond) -> v_hat at guidance scale cond["w"], which it takes as an input or by CFG."""
-    unet = pipe.unet.to(accelerator.device, half_precision(accelerator))
+    unet = pipe.unet.to(accelerator.device, frozen_dtype(accelerator))
     model = UNetModel(unet, schedule, pipe.scheduler.config.prediction_type, accelerator.autocast)
     return model if unet.config.time_cond_proj_dim is not None else with_guidance(model, encoder.null())
 
@@ -1058,7 +1054,7 @@ class Pair:
         self.encoder = PromptEncoder(self.teacher_pipe, device)
         self.teacher = ddim_model(self.teacher_pipe, self.schedule, self.encoder, ev.accelerator)
         self.student = ddim_model(self.pipe, self.schedule, self.encoder, ev.accelerator)
-        half, vae = half_precision(ev.accelerator), self.pipe.vae
+        half, vae = frozen_dtype(ev.accelerator), self.pipe.vae
         vae.to(device, torch.float32 if half == torch.float16 and vae.config.force_upcast else half)  # as the pipelines do
         self.dataset = None
         if "gap" in ev.args.shift:

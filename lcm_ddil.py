@@ -39,12 +39,13 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, betas_of, check_images, check_output_dir, check_shared_flags, consistency_function,
-    consistency_rollout, count_of, create_output_dir, ddim_step, drop_prompts, fingerprint, forward_states,
-    last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, noise_of,
-    noting, open_data, part_of, priors_of, rank_state, reflect_warning, refuse_changes, replace_folder, resolve,
-    restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, select, start_accelerator, student_rollout,
-    support_of, teacher_rollout, text_encoders, timestep_grid, updates_of, with_guidance, with_w_embedding,
+    accumulation_of, betas_of, check_images, check_memory, check_output_dir, check_shared_flags,
+    consistency_function, consistency_rollout, count_of, create_output_dir, ddim_step, drop_prompts, fingerprint,
+    forward_states, frozen_dtype, last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline,
+    load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of, priors_of, rank_state,
+    reflect_warning, refuse_changes, replace_folder, resolve, restore_rank, save_checkpoint, save_grid,
+    save_pipeline, seed_of, select, start_accelerator, student_rollout, support_of, teacher_rollout, text_encoders,
+    timestep_grid, updates_of, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -235,24 +236,31 @@ def without_lora(model: Model, unet) -> Model:
     return frozen
 
 
-def describe(args, pipe, n_images: int | str, world_size: int) -> str:
+def memory_of(args, pipe, accelerator) -> str:
+    """GiB of the networks and their optimiser in each process, beside the device's."""
+    unet = trained = pipe.unet.num_parameters()
+    if args.lora_rank:
+        trained = sum(p.numel() for p in add_lora(copy.deepcopy(pipe.unet), args.lora_rank).parameters() if p.requires_grad)
+    others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
+    frozen = 4 if args.lora_rank else frozen_dtype(accelerator).itemsize  # a LoRA's teacher is the UNet under it
+    gib = (16 * trained + frozen * unet + 4 * unet * (args.ema_decay > 0) + 4 * others) / 2**30
+    what = "student, gradient and AdamW (16 bytes a trained parameter), teacher, target, VAE and text encoders"
+    return memory_report(gib, what, accelerator.device)
+
+
+def describe(args, pipe, n_images: int | str, accelerator) -> str:
     """What --dry_run prints: resolved recipe, batch arithmetic, parameters and memory."""
     unet = pipe.unet.num_parameters()
-    trained = unet
-    if args.lora_rank:
-        trained = sum(p.numel() for p in add_lora(pipe.unet, args.lora_rank).parameters() if p.requires_grad)
     others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
-    copies = 1 + (args.ema_decay > 0)  # teacher (a LoRA's: under the student), target
-    gib = (16 * trained + 4 * copies * unet + 4 * others) / 2**30
+    world_size = accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
         "": "",
         "images": n_images,
         "batch": f"{world_size} processes x {args.batch_size} x {accumulation} accumulated = {args.global_batch_size}",
         "updates in all": updates_of(args),
-        "parameters": f"UNet {unet / 1e6:.1f}M ({trained / 1e6:.1f}M trained), VAE and text encoders {others / 1e6:.1f}M",
-        "memory a process": f"{gib:.2f} GiB for student, gradient and AdamW (16 bytes a parameter), teacher and target (in "
-        "fp32), VAE and text encoders; activations come on top",
+        "parameters": f"UNet {unet / 1e6:.1f}M, VAE and text encoders {others / 1e6:.1f}M",
+        "memory a process": memory_of(args, pipe, accelerator),
     }
     return "\n".join(f"{name:24} {value}" for name, value in rows.items())
 
@@ -478,7 +486,7 @@ def prepare(run: Run, unet, prediction_type: str, checkpoint: Path | None):
         student_unet = frozen_unet = add_lora(unet.to(device), args.lora_rank)
     else:
         student_unet = (copy.deepcopy(unet) if has_w else with_w_embedding(unet)).to(device).requires_grad_(True)
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        half = frozen_dtype(accelerator)
         frozen_unet = unet.to(device, half)
     student_unet.train()
     if args.gradient_checkpointing:
@@ -538,11 +546,12 @@ def setup(args, accelerator: Accelerator) -> Run | None:
         args.data, streaming=args.streaming, image_column=args.image_column, caption_column=args.caption_column
     )
     if args.dry_run or args.check_data:
-        report = describe(args, pipe, count_of(dataset), world_size) if args.dry_run else ""
+        report = describe(args, pipe, count_of(dataset), accelerator) if args.dry_run else ""
         counts = check_images(dataset) if args.check_data else {}
         accelerator.print("\n".join([report] * bool(report) + [f"{reason:24} {n}" for reason, n in counts.items()]))
         return None
 
+    check_memory(memory_of(args, pipe, accelerator))
     out = Path(args.output_dir)
     set_seed(args.seed, device_specific=True)
     noise = torch.Generator(device).manual_seed(seed_of(args.seed, "rank", rank))

@@ -39,12 +39,13 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
-    TrajectoryBuffer, UNetModel, accumulation_of, any_timesteps, check_images, check_output_dir, check_shared_flags,
-    count_of, create_output_dir, ddim_step, dpm_solver, drop_prompts, fingerprint, forward_states, in_order,
-    last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state,
-    mixed_rollout, noise_of, noting, open_data, rank_state, reflect_v, reflect_warning, refuse_changes, resolve,
-    restore_rank, rotation, save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator, student_rollout,
-    support_of, text_encoders, timestep_grid, with_guidance, with_w_embedding,
+    TrajectoryBuffer, UNetModel, accumulation_of, any_timesteps, check_images, check_memory, check_output_dir,
+    check_shared_flags, count_of, create_output_dir, ddim_step, dpm_solver, drop_prompts, fingerprint,
+    forward_states, frozen_dtype, in_order, last_checkpoint, latent_shape, learning_rate, load_images,
+    load_pipeline, load_schedule, load_state, memory_report, mixed_rollout, noise_of, noting, open_data, rank_state,
+    reflect_v, reflect_warning, refuse_changes, resolve, restore_rank, rotation, save_checkpoint, save_grid,
+    save_pipeline, seed_of, start_accelerator, student_rollout, support_of, text_encoders, timestep_grid,
+    with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -284,12 +285,21 @@ class Evaluation:
         return (ends - self.reference(str(self.teacher_steps))).pow(2).mean().sqrt().item()
 
 
-def describe(args, phases: list[Phase], pipe, n_images: int | str, world_size: int) -> str:
+def memory_of(args, pipe, accelerator) -> str:
+    """GiB of the networks and their optimiser in each process, beside the device's."""
+    unet, frozen = pipe.unet.num_parameters(), frozen_dtype(accelerator).itemsize
+    others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
+    state = 2 * 4 * torch.Size(latent_shape(pipe)).numel()  # z_t and z_s in fp32
+    gib = (16 * unet + frozen * unet + 4 * others + args.buffer_size * state) / 2**30
+    what = "student, gradient and AdamW (16 bytes a parameter), teacher, VAE, text encoders and D_DAgger"
+    return memory_report(gib, what, accelerator.device)
+
+
+def describe(args, phases: list[Phase], pipe, n_images: int | str, accelerator) -> str:
     """What --dry_run prints: resolved recipe, phases, batch arithmetic, parameters and memory."""
     unet = pipe.unet.num_parameters()
     others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
-    state = 2 * 4 * torch.Size(latent_shape(pipe)).numel()  # z_t and z_s in fp32
-    gib = (16 * unet + 4 * unet + 4 * others + args.buffer_size * state) / 2**30
+    world_size = accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
         "": "",
@@ -298,8 +308,7 @@ def describe(args, phases: list[Phase], pipe, n_images: int | str, world_size: i
         **{f"phase {p.name}": f"{p.updates} updates, p_forward {p.p_forward}, student_rate {p.student_rate}" for p in phases},
         "updates in all": sum(sum(p.updates) for p in phases),
         "parameters": f"UNet {unet / 1e6:.1f}M, VAE and text encoders {others / 1e6:.1f}M",
-        "memory a process": f"{gib:.2f} GiB for student, gradient and AdamW (16 bytes a parameter), teacher (in fp32), "
-        "VAE, text encoders and D_DAgger; activations come on top",
+        "memory a process": memory_of(args, pipe, accelerator),
     }
     return "\n".join(f"{name:24} {value}" for name, value in rows.items())
 
@@ -522,7 +531,7 @@ def open_phase(run: Run, phase: Phase, source: Path) -> tuple[UNetModel, Model, 
     student_unet.to(device).requires_grad_(True).train()
     if run.args.gradient_checkpointing:
         student_unet.enable_gradient_checkpointing()
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.accelerator.mixed_precision, torch.float32)
+    half = frozen_dtype(run.accelerator)
     if run.args.compile:
         student_unet.compile(), pipe.unet.compile()
     network = UNetModel(pipe.unet.to(device, half), run.schedule, pipe.scheduler.config.prediction_type, autocast)
@@ -609,11 +618,12 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     )
     phases = plan_phases(args, prediction_type, has_w)
     if args.dry_run or args.check_data:
-        report = describe(args, phases, pipe, count_of(dataset), world_size) if args.dry_run else ""
+        report = describe(args, phases, pipe, count_of(dataset), accelerator) if args.dry_run else ""
         counts = check_images(dataset) if args.check_data else {}
         accelerator.print("\n".join([report] * bool(report) + [f"{reason:24} {n}" for reason, n in counts.items()]))
         return None, phases
 
+    check_memory(memory_of(args, pipe, accelerator))
     out = Path(args.output_dir)
     set_seed(args.seed, device_specific=True)
     noise = torch.Generator(device).manual_seed(seed_of(args.seed, "rank", rank))

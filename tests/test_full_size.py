@@ -98,6 +98,29 @@ def test_compiled_networks_train_the_same(script, tmp_path, teacher_folder, data
     assert len(compiled) >= {"pd_ddil": 6, "lcm_ddil": 3, "dmd2_ddil": 3}[script]
 
 
+@pytest.mark.parametrize("script", FLAGS)
+def test_device_that_is_too_small(script, tmp_path, teacher_folder, data_folder, monkeypatch, capsys):
+    """Said by --dry_run, and refused by a run before it writes anything."""
+    monkeypatch.setattr("common.device_memory", lambda device: 1e-3)
+    run_here(*flags(script, teacher_folder, data_folder, tmp_path / "run"), "--dry_run", script=f"{script}.py")
+    assert "has 0.0 GiB: does NOT fit" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"this run needs \d.\d\d GiB for student.* does NOT fit"):
+        run_here(*flags(script, teacher_folder, data_folder, tmp_path / "run"), script=f"{script}.py")
+    assert not (tmp_path / "run").exists()
+
+
+def test_precision_that_the_device_has_not(tmp_path, teacher_folder, data_folder, monkeypatch):
+    """accelerate knows; what it says is passed on in one line."""
+
+    def refuses(*args, **settings):
+        raise ValueError("bf16 mixed precision requires another device.")
+
+    monkeypatch.setattr("accelerate.Accelerator", refuses)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(SystemExit, match="--mixed_precision bf16: bf16 mixed precision requires"):
+        run_here(*flags("pd_ddil", teacher_folder, data_folder, tmp_path / "run"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", HALF)
 @pytest.mark.parametrize("script", FLAGS)
