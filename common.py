@@ -489,6 +489,11 @@ def text_encoders(pipe) -> list:
     return [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
 
 
+def frozen_parameters(pipe) -> int:
+    """Of VAE and text encoders, which no method trains."""
+    return sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
+
+
 def latent_shape(pipe) -> tuple[int, int, int]:
     size = pipe.unet.config.sample_size
     return (pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -663,6 +668,10 @@ class LatentData:
         if cache:
             self.cache = self.make_cache()
 
+    def __len__(self) -> int:
+        """Rows that are drawn from."""
+        return len(self.dataset if self.cache is None else self.cache)
+
     def position(self) -> dict:
         """The place in the data, for a checkpoint."""
         return {"k": self.k}
@@ -702,7 +711,7 @@ class LatentData:
 
     def rows(self, k: int) -> Tensor:
         """Rows [B] of this rank's batch k."""
-        start, n = (k * self.n_ranks + self.rank) * self.batch_size, len(self.dataset if self.cache is None else self.cache)
+        start, n = (k * self.n_ranks + self.rank) * self.batch_size, len(self)
         rows = []
         for place in range(start, start + self.batch_size):
             epoch, i = divmod(place, n)
@@ -787,8 +796,7 @@ class LatentData:
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
         """Of n random samples, or of all if there are fewer; the same on all ranks."""
-        size = len(self.dataset if self.cache is None else self.cache)
-        rows = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:n].split(self.batch_size)
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n].split(self.batch_size)
         return torch.cat([self.sample(part, generator)[0] for part in rows])
 
 

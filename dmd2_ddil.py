@@ -44,10 +44,10 @@ from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
     accumulation_of, any_timesteps, betas_of, check_images, check_memory, check_output_dir, check_shared_flags,
     consistency_function, consistency_rollout, count_of, create_output_dir, eps_from_v, fingerprint, forward_states,
-    frozen_dtype, last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline, load_schedule,
-    load_state, memory_report, moved_fraction, noise_of, open_data, part_of, priors_of, rank_state, reflect,
-    reflect_warning, refuse_changes, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of,
-    start_accelerator, student_rollout, support_of, teacher_rollout, text_encoders, timestep_grid, updates_of,
+    frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline,
+    load_schedule, load_state, memory_report, moved_fraction, noise_of, open_data, part_of, priors_of, rank_state,
+    reflect, reflect_warning, refuse_changes, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline,
+    seed_of, start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of,
     with_guidance, x_from_v,
 )  # fmt: skip
 
@@ -334,15 +334,14 @@ def check_fit(teacher, pipe, flag: str, name: str) -> None:
 
 def trained_parameters(args, pipes: dict) -> dict[str, int]:
     networks = {"student": pipes["student"].unet, "fake score": pipes["fake"].unet}
-    networks |= {"GAN head": make_head(pipes["fake"].unet)} if args.gan_weight else {}
+    with torch.device("meta"):  # to be counted only
+        networks |= {"GAN head": make_head(pipes["fake"].unet)} if args.gan_weight else {}
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
 
 def memory_of(args, pipes: dict, accelerator) -> str:
     """GiB of the networks and their optimisers in each process, beside the device's."""
-    frozen = [pipes["teacher"].vae, *text_encoders(pipes["teacher"])]
-    others = sum(p.numel() for module in frozen for p in module.parameters())
-    gib = (16 * sum(trained_parameters(args, pipes).values()) + 4 * others) / 2**30
+    gib = (16 * sum(trained_parameters(args, pipes).values()) + 4 * frozen_parameters(pipes["teacher"])) / 2**30
     gib += frozen_dtype(accelerator).itemsize * pipes["teacher"].unet.num_parameters() / 2**30
     what = "student and critic with gradients and AdamW (16 bytes a parameter), teacher, VAE and text encoders"
     return memory_report(gib, what, accelerator.device)
@@ -354,7 +353,6 @@ def describe(args, pipes: dict, n_samples: int | str, accelerator) -> str:
     def gib(parameters: int, bytes_each: int) -> str:
         return f"{parameters / 1e6:.4g}M parameters, {bytes_each * parameters / 2**30:.4g} GiB"
 
-    others = sum(p.numel() for module in (pipes["teacher"].vae, *text_encoders(pipes["teacher"])) for p in module.parameters())
     counts, teacher = trained_parameters(args, pipes), pipes["teacher"].unet.num_parameters()
     frozen, world_size = frozen_dtype(accelerator).itemsize, accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
@@ -367,7 +365,7 @@ def describe(args, pipes: dict, n_samples: int | str, accelerator) -> str:
         "teacher, weights": gib(teacher, frozen),
         **{f"{name}, weights": gib(n, 4) for name, n in counts.items()},
         **{f"{name}, AdamW": gib(n, 8) for name, n in counts.items()},
-        "VAE, text encoders": gib(others, 4),
+        "VAE, text encoders": gib(frozen_parameters(pipes["teacher"]), 4),
         "memory a process": memory_of(args, pipes, accelerator),
     }
     return "\n".join(f"{name:24} {value}" for name, value in rows.items())

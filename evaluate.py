@@ -34,7 +34,6 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -401,7 +400,7 @@ def open_candidate(candidate: Candidate, accelerator):
         pipe.scheduler.set_timesteps(candidate.steps)
     except ValueError as error:
         raise SystemExit(f"--steps {candidate.steps}: {candidate.model} cannot be sampled in as many ({short(error)})")
-    if hasattr(pipe, "vae") and latent_pixels(pipe) > 256**2:
+    if hasattr(pipe, "vae") and pixels_of(pipe) > 256**2:
         pipe.vae.enable_slicing()  # a batch of decodes does not fit
     asked = {"model": candidate.model, "model_weights": contents_of(pipe), "steps": candidate.steps, "guidance_scale": candidate.guidance_scale,
              "sampler": candidate.sampler}  # fmt: skip
@@ -414,10 +413,13 @@ def contents_of(pipe) -> str:
     return digest([modules, {name: str(value) for name, value in pipe.scheduler.config.items()}])
 
 
-def latent_pixels(pipe) -> int:
+def network_of(pipe):
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def pixels_of(pipe) -> int:
     """Pixels of an image at the pipeline's own size."""
-    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    size = network.config.sample_size
+    size = network_of(pipe).config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * width * pipe.vae_scale_factor**2
 
@@ -439,8 +441,7 @@ def generate(ev: "Evaluation", name: str, settings: dict, sample: Sampler, promp
     with ThreadPoolExecutor(4) as pool, tqdm(total=len(todo), desc=f"images/{name}", dynamic_ncols=True, leave=False,
                                              disable=not accelerator.is_main_process or not todo) as bar:  # fmt: skip
         for batch in batches:
-            images = sample([prompts[i] for i in batch], [first_noise + i for i in batch])
-            images = images.float()
+            images = sample([prompts[i] for i in batch], [first_noise + i for i in batch]).float()
             for i, total in zip(batch, images.sum(dim=(1, 2, 3)).tolist()):  # of values in [0, 1]
                 if not math.isfinite(total):
                     raise SystemExit(f"images/{name}: the image of prompt {i} ({prompts[i]!r}, seed {settings['seed']}, noise "
@@ -638,7 +639,7 @@ class Lpips:
     def pairwise(self, images: list[Image.Image]) -> Tensor:
         """Of all pairs i < j."""
         x = to_uint8([central_square(image, self.resolution) for image in images]).to(self.device) / 255
-        first, second = torch.tensor(list(combinations(range(len(x)), 2)), device=self.device).T
+        first, second = torch.combinations(torch.arange(len(x), device=self.device)).T
         pairs = zip(first.split(8), second.split(8))  # a few at a time: the trunk's activations are large
         return torch.cat([self.net(x[i], x[j], normalize=True).flatten() for i, j in pairs])
 
@@ -771,7 +772,7 @@ def diversity(ev, images: Images) -> dict:
 
     def of_prompt(rows: Tensor) -> Tensor:
         f = ev.nets["clip"].images(images.load(rows))
-        first, second = torch.tensor(list(combinations(range(len(f)), 2))).T
+        first, second = torch.combinations(torch.arange(len(f))).T
         return 1 - (f[first] * f[second]).sum(dim=1).mean()
 
     return ev.over_prompts(images, of_prompt, "diversity")
@@ -855,7 +856,9 @@ class Evaluation:
         if needs_reference and not args.reference.endswith(".safetensors"):
             self.real = reference_images(args.reference)
         elif needs_reference:  # refused now, if at all
-            self.statistics = {net: self.reference(net) for metric in needs_reference for net in self.nets_of(metric)}
+            for metric in needs_reference:
+                for net in self.nets_of(metric):
+                    self.reference(net)
 
     def nets_of(self, metric: str) -> list[str]:
         return NETS.get(metric, []) if metric != "coverage" else ["fid" if "fid" in self.args.metrics else "clip"]
@@ -947,8 +950,8 @@ class Evaluation:
 def evaluate(ev: Evaluation, candidate: Candidate) -> list[dict]:
     """What one model gave, for each seed; images are made first, and everything is kept."""
     pipe, asked = open_candidate(candidate, ev.accelerator)
-    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    takes_w = getattr(network.config, "time_cond_proj_dim", None) or getattr(network.config, "guidance_embeds", False)
+    config = network_of(pipe).config
+    takes_w = getattr(config, "time_cond_proj_dim", None) or getattr(config, "guidance_embeds", False)
     nfe = len(pipe.scheduler.timesteps) * (2 if candidate.guidance_scale > 1 and not takes_w else 1)
     teacher = halvings_teacher(candidate) if "paired" in ev.args.metrics else None
     if teacher:
@@ -1085,7 +1088,7 @@ class Pair:
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1]."""
         latents = (z / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
-        parts = latents.split(max(1, 2**20 // latent_pixels(self.pipe)))  # a batch of large decodes does not fit
+        parts = latents.split(max(1, 2**20 // pixels_of(self.pipe)))  # a batch of large decodes does not fit
         return (torch.cat([self.pipe.vae.decode(part, return_dict=False)[0] for part in parts]) / 2 + 0.5).clamp(0, 1)
 
     def disagreement(self, z_t: Tensor, j: int, cond: dict) -> Tensor:

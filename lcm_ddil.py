@@ -41,11 +41,11 @@ from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
     accumulation_of, betas_of, check_images, check_memory, check_output_dir, check_shared_flags,
     consistency_function, consistency_rollout, count_of, create_output_dir, ddim_step, drop_prompts, fingerprint,
-    forward_states, frozen_dtype, last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline,
-    load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of, priors_of, rank_state,
-    reflect_warning, refuse_changes, replace_folder, resolve, restore_rank, save_checkpoint, save_grid,
-    save_pipeline, seed_of, select, start_accelerator, student_rollout, support_of, teacher_rollout, text_encoders,
-    timestep_grid, updates_of, with_guidance, with_w_embedding,
+    forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate, load_images,
+    load_pipeline, load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of, priors_of,
+    rank_state, reflect_warning, refuse_changes, replace_folder, resolve, restore_rank, save_checkpoint, save_grid,
+    save_pipeline, seed_of, select, start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid,
+    updates_of, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -240,8 +240,10 @@ def memory_of(args, pipe, accelerator) -> str:
     """GiB of the networks and their optimiser in each process, beside the device's."""
     unet = trained = pipe.unet.num_parameters()
     if args.lora_rank:
-        trained = sum(p.numel() for p in add_lora(copy.deepcopy(pipe.unet), args.lora_rank).parameters() if p.requires_grad)
-    others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
+        with torch.device("meta"):  # to be counted only
+            blank = type(pipe.unet).from_config(pipe.unet.config)
+            trained = sum(p.numel() for p in add_lora(blank.requires_grad_(False), args.lora_rank).parameters() if p.requires_grad)
+    others = frozen_parameters(pipe)
     frozen = 4 if args.lora_rank else frozen_dtype(accelerator).itemsize  # a LoRA's teacher is the UNet under it
     gib = (16 * trained + frozen * unet + 4 * unet * (args.ema_decay > 0) + 4 * others) / 2**30
     what = "student, gradient and AdamW (16 bytes a trained parameter), teacher, target, VAE and text encoders"
@@ -251,7 +253,7 @@ def memory_of(args, pipe, accelerator) -> str:
 def describe(args, pipe, n_images: int | str, accelerator) -> str:
     """What --dry_run prints: resolved recipe, batch arithmetic, parameters and memory."""
     unet = pipe.unet.num_parameters()
-    others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
+    others = frozen_parameters(pipe)
     world_size = accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
     rows = {name: value for name, value in sorted(vars(args).items())} | {

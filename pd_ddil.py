@@ -41,11 +41,11 @@ from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
     TrajectoryBuffer, UNetModel, accumulation_of, any_timesteps, check_images, check_memory, check_output_dir,
     check_shared_flags, count_of, create_output_dir, ddim_step, dpm_solver, drop_prompts, fingerprint,
-    forward_states, frozen_dtype, in_order, last_checkpoint, latent_shape, learning_rate, load_images,
-    load_pipeline, load_schedule, load_state, memory_report, mixed_rollout, noise_of, noting, open_data, rank_state,
-    reflect_v, reflect_warning, refuse_changes, resolve, restore_rank, rotation, save_checkpoint, save_grid,
-    save_pipeline, seed_of, start_accelerator, student_rollout, support_of, text_encoders, timestep_grid,
-    with_guidance, with_w_embedding,
+    forward_states, frozen_dtype, frozen_parameters, in_order, last_checkpoint, latent_shape, learning_rate,
+    load_images, load_pipeline, load_schedule, load_state, memory_report, mixed_rollout, noise_of, noting,
+    open_data, rank_state, reflect_v, reflect_warning, refuse_changes, resolve, restore_rank, rotation,
+    save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator, student_rollout, support_of,
+    timestep_grid, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -288,7 +288,7 @@ class Evaluation:
 def memory_of(args, pipe, accelerator) -> str:
     """GiB of the networks and their optimiser in each process, beside the device's."""
     unet, frozen = pipe.unet.num_parameters(), frozen_dtype(accelerator).itemsize
-    others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
+    others = frozen_parameters(pipe)
     state = 2 * 4 * torch.Size(latent_shape(pipe)).numel()  # z_t and z_s in fp32
     gib = (16 * unet + frozen * unet + 4 * others + args.buffer_size * state) / 2**30
     what = "student, gradient and AdamW (16 bytes a parameter), teacher, VAE, text encoders and D_DAgger"
@@ -298,7 +298,7 @@ def memory_of(args, pipe, accelerator) -> str:
 def describe(args, phases: list[Phase], pipe, n_images: int | str, accelerator) -> str:
     """What --dry_run prints: resolved recipe, phases, batch arithmetic, parameters and memory."""
     unet = pipe.unet.num_parameters()
-    others = sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
+    others = frozen_parameters(pipe)
     world_size = accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
     rows = {name: value for name, value in sorted(vars(args).items())} | {

@@ -33,8 +33,8 @@ FLAGS = {
 }
 
 
-def flags(script: str, teacher, data, folder, batch: int = 2) -> list:
-    return ["--teacher", teacher, "--data", data, "--output_dir", folder, *SHORT, "--global_batch_size", batch, *FLAGS[script]]
+def flags(script: str, teacher, data, folder) -> list:
+    return ["--teacher", teacher, "--data", data, "--output_dir", folder, *SHORT, "--global_batch_size", 2, *FLAGS[script]]
 
 
 def killed(script: str, after: int, args: list, monkeypatch) -> None:
