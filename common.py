@@ -906,6 +906,18 @@ def start_accelerator(**settings):
     return accelerator
 
 
+def check_engine(accelerator) -> None:
+    """SystemExit for what accelerate can launch and these scripts cannot use."""
+    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU") and not accelerator.is_fsdp2:
+        raise SystemExit(f"{accelerator.distributed_type.value}: is not supported; launch with --multi_gpu, or where the networks "
+                         "don't fit with --use_fsdp --fsdp_version 2")  # fmt: skip
+
+
+def shards_of(accelerator) -> int:
+    """Processes that share the weights of one trained network."""
+    return accelerator.num_processes if accelerator.is_fsdp2 else 1
+
+
 def in_order(accelerator, n: int, batch_size: int, function: Callable[[Tensor], Tensor], desc: str | None = None):
     """Yields function(rows) [B, ...] for the rows 0 .. n - 1 in order, the same on every rank; the ranks share the work."""
     from tqdm import tqdm
@@ -1100,19 +1112,31 @@ def save_pipeline(folder: Path, pipe, unet, scheduler) -> None:
     replace_folder(Path(folder), student.save_pretrained)
 
 
+# What an engine has sharded is gathered on the first rank's CPU; all ranks must ask. Keys are a parameter's name everywhere.
+WHOLE = dict(full_state_dict=True, cpu_offload=True)
+
+
 def save_checkpoint(accelerator, folder: Path, update: int, progress: dict, rank_state: dict, **trained) -> None:
     """checkpoints/<update>: progress, every rank's own state, networks and optimisers; older ones are deleted after.
 
-    Written under another name and renamed, so that a kill leaves the old checkpoint or the new one.
+    `trained`: a network, or a network and its optimiser. The files are the same under every engine. Written under another
+    name and renamed, so that a kill leaves the old checkpoint or the new one.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
+    def write(name: str, state: dict) -> None:
+        if accelerator.is_main_process:
+            torch.save(state, temporary / f"{name}.pt")
+
     temporary, final = folder / "saving", folder / f"{update:08d}"
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         (temporary / "progress.json").write_text(json.dumps(progress))
-        for name, owner in trained.items():
-            owner = accelerator.unwrap_model(owner) if isinstance(owner, torch.nn.Module) else owner
-            torch.save(owner.state_dict(), temporary / f"{name}.pt")
+    for name, (network, *optimizer) in trained.items():
+        write(name, get_model_state_dict(network, options=StateDictOptions(**WHOLE)))
+        for o in optimizer:
+            write(f"{name}_optimizer", get_optimizer_state_dict(network, o.optimizer, options=StateDictOptions(**WHOLE)))
     accelerator.wait_for_everyone()
     torch.save(rank_state, temporary / f"rank-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
@@ -1127,8 +1151,34 @@ def save_checkpoint(accelerator, folder: Path, update: int, progress: dict, rank
 
 
 def load_state(file: Path):
-    """A tensor file of our own: tensors and plain values only, never code."""
-    return torch.load(file, weights_only=True, map_location="cpu")
+    """A tensor file of our own: tensors and plain values only, never code; ranks share the memory."""
+    return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+
+
+def load_optimizer(network, optimizer, file: Path) -> None:
+    """What save_checkpoint wrote of an optimiser; both are as the engine prepared them."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    set_optimizer_state_dict(network, optimizer.optimizer, load_state(file), options=StateDictOptions(**WHOLE))
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that an engine may have sharded; then all ranks must ask."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def whole_network(accelerator, trained, kind: type):
+    """A UNet of class `kind` without its engine, to be saved; where it is sharded, a copy that is whole on the first rank."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    network = accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+    if not accelerator.is_fsdp2:
+        return network
+    state = get_model_state_dict(trained, options=StateDictOptions(**WHOLE))
+    network = kind.from_config(network.config)
+    if accelerator.is_main_process:
+        network.load_state_dict(state)
+    return network
 
 
 def last_checkpoint(folder: Path) -> Path | None:

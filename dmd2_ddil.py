@@ -42,13 +42,13 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, any_timesteps, betas_of, check_images, check_memory, check_output_dir, check_shared_flags,
+    accumulation_of, any_timesteps, betas_of, check_engine, check_images, check_memory, check_output_dir, check_shared_flags,
     consistency_function, consistency_rollout, count_of, create_output_dir, eps_from_v, fingerprint, forward_states,
-    frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate, load_images, load_pipeline,
+    frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate, load_images, load_optimizer, load_pipeline,
     load_schedule, load_state, memory_report, moved_fraction, noise_of, open_data, part_of, priors_of, rank_state,
     reflect, reflect_warning, refuse_changes, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline,
-    seed_of, start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of,
-    with_guidance, x_from_v,
+    seed_of, shards_of, start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of,
+    whole, whole_network, with_guidance, x_from_v,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -339,9 +339,19 @@ def trained_parameters(args, pipes: dict) -> dict[str, int]:
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
 
+def expected_forwards(args, has_w: bool) -> float:
+    """UNet forwards of all updates, as metrics.csv counts them: of single samples, a backward pass as two."""
+    guided, encoder, T = (1 if has_w else 2), ENCODER * (args.gan_weight > 0), args.student_steps
+    share = {source: sum(values) / len(values) for source, values in priors_of(args).items()}
+    transition = share["student"] + share["teacher"] * guided * args.teacher_steps / T  # forward diffusion is for free
+    critic = 1 + 3 + 6 * encoder + (T - 1) / 2 * transition  # x_g, fake score, GAN on real and generated; way to z_t
+    student = 2 + guided + 1 + 2 * encoder  # back through x_g, both scores, GAN's gradient
+    return updates_of(args) * args.global_batch_size * (args.fake_updates * critic + student)
+
+
 def memory_of(args, pipes: dict, accelerator) -> str:
     """GiB of the networks and their optimisers in each process, beside the device's."""
-    gib = (16 * sum(trained_parameters(args, pipes).values()) + 4 * frozen_parameters(pipes["teacher"])) / 2**30
+    gib = (16 * sum(trained_parameters(args, pipes).values()) / shards_of(accelerator) + 4 * frozen_parameters(pipes["teacher"])) / 2**30
     gib += frozen_dtype(accelerator).itemsize * pipes["teacher"].unet.num_parameters() / 2**30
     what = "student and critic with gradients and AdamW (16 bytes a parameter), teacher, VAE and text encoders"
     return memory_report(gib, what, accelerator.device)
@@ -354,6 +364,7 @@ def describe(args, pipes: dict, n_samples: int | str, accelerator) -> str:
         return f"{parameters / 1e6:.4g}M parameters, {bytes_each * parameters / 2**30:.4g} GiB"
 
     counts, teacher = trained_parameters(args, pipes), pipes["teacher"].unet.num_parameters()
+    has_w = pipes["teacher"].unet.config.time_cond_proj_dim is not None
     frozen, world_size = frozen_dtype(accelerator).itemsize, accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
@@ -362,6 +373,7 @@ def describe(args, pipes: dict, n_samples: int | str, accelerator) -> str:
         "sources": ", ".join(f"{source} {share}" for source, share in priors_of(args).items()),
         "batch": f"{world_size} processes x {args.batch_size} x {accumulation} accumulated = {args.global_batch_size}",
         "updates in all": f"{updates_of(args)} of the student, {updates_of(args) * args.fake_updates} of the critic",
+        "UNet forwards in all": f"{expected_forwards(args, has_w):.3g} samples, a backward pass counted as two",
         "teacher, weights": gib(teacher, frozen),
         **{f"{name}, weights": gib(n, 4) for name, n in counts.items()},
         **{f"{name}, AdamW": gib(n, 8) for name, n in counts.items()},
@@ -483,7 +495,7 @@ def backward(run: Run, losses: Tensor, who: str) -> None:
 
 def finish_update(run: Run, trained: Trained, who: str) -> None:
     """Clip the gradient, step, and leave none."""
-    norm = run.accelerator.clip_grad_norm_(trained.network.parameters(), GRAD_CLIP)
+    norm = whole(run.accelerator.clip_grad_norm_(trained.network.parameters(), GRAD_CLIP))
     if run.accelerator.scaler is None and not torch.isfinite(norm):  # fp16's scaler skips such updates
         raise FloatingPointError(f"the norm of the {who}'s gradient is {norm.item()}")
     run.metrics.add(f"grad_norm_{who}", norm)
@@ -581,8 +593,7 @@ def train(run: Run, nets: Networks, prior: SamplingPrior, student: Trained, crit
                             tqdm.write(warning)
             stop, due = run.stop.agreed(accelerator), progress["total"] % args.save_every == 0 or update + 1 == updates
             if stop or due:
-                save(run, student=student.network, student_optimizer=student.optimizer, critic=critic.network,
-                     critic_optimizer=critic.optimizer)  # fmt: skip
+                save(run, student=student, critic=critic)
             if due:
                 save_samples(run, nets)
             if stop and update + 1 < updates:
@@ -625,9 +636,9 @@ def save_samples(run: Run, nets: Networks) -> None:
         _, x_real, x_fake = matching_gradient(run.schedule, nets.real, nets.still_fake, x_g, tau, cond, None, noise)
         return torch.stack([x_g, x_real, x_fake], dim=1)
 
+    names = f"student, {len(run.timesteps)} steps", "x_real of it", "x_fake of it"
+    rows = nets.rows | dict(zip(names, grid_rows(run, student).unbind(dim=1)))  # on all ranks: a network may be sharded
     if run.accelerator.is_main_process:
-        names = f"student, {len(run.timesteps)} steps", "x_real of it", "x_fake of it"
-        rows = nets.rows | dict(zip(names, grid_rows(run, student).unbind(dim=1)))
         save_grid(Path(run.args.output_dir) / "samples" / f"{run.progress['total']:06d}.png", run.pipes["teacher"], rows)
 
 
@@ -660,8 +671,9 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
         optimizer = torch.optim.AdamW(module.parameters())  # lr is set at each update
         if checkpoint:
             module.load_state_dict(load_state(checkpoint / f"{name}.pt"))
-            optimizer.load_state_dict(load_state(checkpoint / f"{name}_optimizer.pt"))
         trained[name] = Trained(*accelerator.prepare(module, optimizer))
+        if checkpoint:
+            load_optimizer(*trained[name], checkpoint / f"{name}_optimizer.pt")
 
     student, fake = model(trained["student"].network, "student"), model(trained["critic"].network, "fake")
     rolling = model(accelerator.unwrap_model(trained["student"].network), "student")
@@ -692,8 +704,7 @@ def load_pipes(args) -> dict:
 def setup(args, accelerator: Accelerator) -> Run | None:
     """Load and check everything, then make the run folder; None if the flags ask for a report only."""
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise SystemExit(f"{accelerator.distributed_type.value}: sharded engines are not supported yet; launch with --multi_gpu")
+    check_engine(accelerator)
     if accelerator.mixed_precision == "fp16" and args.gan_weight:
         raise SystemExit("--mixed_precision fp16: too coarse for the GAN's gradient; take bf16, or --gan_weight 0")
     facts = {"world_size": world_size, "mixed_precision": accelerator.mixed_precision}
@@ -771,7 +782,7 @@ def main(argv=None) -> None:
     if not train(run, nets, prior, student, critic):
         accelerator.end_training()
         return
-    unet = accelerator.unwrap_model(student.network, keep_fp32_wrapper=False)
+    unet = whole_network(accelerator, student.network, type(run.pipes["teacher"].unet))
     if accelerator.is_main_process:
         save_pipeline(out / "pipeline", run.pipes["teacher"], unet, sampler_of(run.pipes["student"], args.student_steps))
     w = args.guidance_scale if unet.config.time_cond_proj_dim is not None else 1.0

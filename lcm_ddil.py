@@ -39,13 +39,13 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, betas_of, check_images, check_memory, check_output_dir, check_shared_flags,
+    accumulation_of, betas_of, check_engine, check_images, check_memory, check_output_dir, check_shared_flags,
     consistency_function, consistency_rollout, count_of, create_output_dir, ddim_step, drop_prompts, fingerprint,
     forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate, load_images,
-    load_pipeline, load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of, priors_of,
+    load_optimizer, load_pipeline, load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of, priors_of,
     rank_state, reflect_warning, refuse_changes, replace_folder, resolve, restore_rank, save_checkpoint, save_grid,
-    save_pipeline, seed_of, select, start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid,
-    updates_of, with_guidance, with_w_embedding,
+    save_pipeline, seed_of, select, shards_of, start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid,
+    updates_of, whole, whole_network, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -236,6 +236,19 @@ def without_lora(model: Model, unet) -> Model:
     return frozen
 
 
+def expected_forwards(args, has_w: bool) -> float:
+    """UNet forwards of all updates, as metrics.csv counts them: of single samples, a backward pass as two."""
+    guided, grid, priors = (1 if has_w else 2), timestep_grid(args.teacher_steps, "trailing"), priors_of(args)
+    share = {source: sum(values) / len(values) for source, values in priors.items()}
+    student = teacher = 0.0
+    for n in args.rollout_steps:  # mean way to z_t, over the points at which a rollout may stop
+        stops = sampler_timesteps(n, grid)[0 if args.store_start else 1 :]
+        student += sum(range(n)) / len(stops) / len(args.rollout_steps)
+        teacher += guided * sum(grid.index(t) for t in stops) / len(stops) / len(args.rollout_steps)
+    update = 3 + guided + 1 + share["student"] * student + share["teacher"] * teacher  # student, teacher, target; rollouts
+    return updates_of(args) * args.global_batch_size * update
+
+
 def memory_of(args, pipe, accelerator) -> str:
     """GiB of the networks and their optimiser in each process, beside the device's."""
     unet = trained = pipe.unet.num_parameters()
@@ -245,7 +258,7 @@ def memory_of(args, pipe, accelerator) -> str:
             trained = sum(p.numel() for p in add_lora(blank.requires_grad_(False), args.lora_rank).parameters() if p.requires_grad)
     others = frozen_parameters(pipe)
     frozen = 4 if args.lora_rank else frozen_dtype(accelerator).itemsize  # a LoRA's teacher is the UNet under it
-    gib = (16 * trained + frozen * unet + 4 * unet * (args.ema_decay > 0) + 4 * others) / 2**30
+    gib = (16 * trained / shards_of(accelerator) + frozen * unet + 4 * unet * (args.ema_decay > 0) + 4 * others) / 2**30
     what = "student, gradient and AdamW (16 bytes a trained parameter), teacher, target, VAE and text encoders"
     return memory_report(gib, what, accelerator.device)
 
@@ -254,13 +267,14 @@ def describe(args, pipe, n_images: int | str, accelerator) -> str:
     """What --dry_run prints: resolved recipe, batch arithmetic, parameters and memory."""
     unet = pipe.unet.num_parameters()
     others = frozen_parameters(pipe)
-    world_size = accelerator.num_processes
+    has_w, world_size = pipe.unet.config.time_cond_proj_dim is not None, accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
         "": "",
         "images": n_images,
         "batch": f"{world_size} processes x {args.batch_size} x {accumulation} accumulated = {args.global_batch_size}",
         "updates in all": updates_of(args),
+        "UNet forwards in all": f"{expected_forwards(args, has_w):.3g} samples, a backward pass counted as two",
         "parameters": f"UNet {unet / 1e6:.1f}M, VAE and text encoders {others / 1e6:.1f}M",
         "memory a process": memory_of(args, pipe, accelerator),
     }
@@ -364,9 +378,9 @@ def losses_of(run: Run, source: str, nets: Networks) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def update_target(ema: torch.nn.Module, student: torch.nn.Module, decay: float) -> None:
-    """target <- decay target + (1 - decay) student."""
+    """target <- decay target + (1 - decay) student, which may be sharded."""
     for average, value in zip(ema.parameters(), student.parameters(), strict=True):
-        average.lerp_(value, 1 - decay)
+        average.lerp_(whole(value), 1 - decay)
 
 
 def update_student(run: Run, source: str, nets: Networks, trained, optimizer) -> None:
@@ -383,7 +397,7 @@ def update_student(run: Run, source: str, nets: Networks, trained, optimizer) ->
             run.accelerator.backward(loss)
             if run.accelerator.sync_gradients:
                 parameters = [p for p in trained.parameters() if p.requires_grad]
-                norm = run.accelerator.clip_grad_norm_(parameters, GRAD_CLIP)
+                norm = whole(run.accelerator.clip_grad_norm_(parameters, GRAD_CLIP))
                 if run.accelerator.scaler is None and not torch.isfinite(norm):  # fp16's scaler skips such updates
                     raise FloatingPointError(f"the gradient's norm is {norm.item()} on {source} states")
                 run.metrics.add("grad_norm", norm)
@@ -438,7 +452,7 @@ def train(run: Run, nets: Networks, prior: SamplingPrior, trained, optimizer) ->
                             tqdm.write(warning)
             stop, due = run.stop.agreed(accelerator), progress["total"] % args.save_every == 0 or update + 1 == updates
             if stop or due:
-                save(run, student=trained, optimizer=optimizer, **({} if nets.ema is None else {"target": nets.ema}))
+                save(run, student=(trained, optimizer), **({} if nets.ema is None else {"target": (nets.ema,)}))
             if due:
                 save_samples(run, nets)
             if stop and update + 1 < updates:
@@ -471,12 +485,12 @@ def grid_cond(run: Run) -> tuple[Tensor, dict]:
 
 def save_samples(run: Run, nets: Networks) -> None:
     """PNG of teacher and student, on the same noise in each column."""
+    z, cond = grid_cond(run)
+    grid = [*sampler_timesteps(run.args.student_steps, run.solver_grid), CLEAN]
+    noise = torch.Generator(z.device).manual_seed(1)
+    student = consistency_rollout(run.schedule, nets.rolling, z, grid, cond, noise)[-1]  # on all ranks: it may be sharded
+    rows = nets.rows | {f"student, {run.args.student_steps} steps": student}
     if run.accelerator.is_main_process:
-        z, cond = grid_cond(run)
-        grid = [*sampler_timesteps(run.args.student_steps, run.solver_grid), CLEAN]
-        noise = torch.Generator(z.device).manual_seed(1)
-        student = consistency_rollout(run.schedule, nets.rolling, z, grid, cond, noise)[-1]
-        rows = nets.rows | {f"student, {run.args.student_steps} steps": student}
         save_grid(Path(run.args.output_dir) / "samples" / f"{run.progress['total']:06d}.png", run.pipe, rows)
 
 
@@ -501,13 +515,14 @@ def prepare(run: Run, unet, prediction_type: str, checkpoint: Path | None):
     ema = copy.deepcopy(student_unet).requires_grad_(False) if args.ema_decay else None
     if checkpoint:
         student_unet.load_state_dict(load_state(checkpoint / "student.pt"))
-        optimizer.load_state_dict(load_state(checkpoint / "optimizer.pt"))
         if ema is not None:
             ema.load_state_dict(load_state(checkpoint / "target.pt"))
     if args.compile:
         for module in {student_unet, frozen_unet, ema} - {None}:
             module.compile()
     trained, optimizer = accelerator.prepare(student_unet, optimizer)
+    if checkpoint:
+        load_optimizer(trained, optimizer, checkpoint / "student_optimizer.pt")
     student = UNetModel(trained, run.schedule, prediction_type, accelerator.autocast)
     rolling = UNetModel(accelerator.unwrap_model(trained), run.schedule, prediction_type, accelerator.autocast)
     target = rolling if ema is None else UNetModel(ema, run.schedule, prediction_type, accelerator.autocast)
@@ -524,8 +539,9 @@ def prepare(run: Run, unet, prediction_type: str, checkpoint: Path | None):
 def setup(args, accelerator: Accelerator) -> Run | None:
     """Load and check everything, then make the run folder; None if the flags ask for a report only."""
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise SystemExit(f"{accelerator.distributed_type.value}: sharded engines are not supported yet; launch with --multi_gpu")
+    check_engine(accelerator)
+    if args.lora_rank and accelerator.is_fsdp2:
+        raise SystemExit(f"--lora_rank {args.lora_rank}: has no use for shards, the frozen UNet is most of it; launch with --multi_gpu")
     facts = {"world_size": world_size, "mixed_precision": accelerator.mixed_precision}
     if args.resume:
         refuse_changes(facts, json.loads((Path(args.output_dir) / "config.json").read_text()))
@@ -582,9 +598,9 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     return run
 
 
-def save_student(run: Run, trained) -> None:
+def save_student(run: Run, unet) -> None:
     """pipeline/ in stock diffusers' format; of a LoRA its weights alone in lora/, and the pipeline with them fused."""
-    out, unet = Path(run.args.output_dir), run.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+    out = Path(run.args.output_dir)
     if run.args.lora_rank:
         from peft import get_peft_model_state_dict
 
@@ -618,8 +634,9 @@ def main(argv=None) -> None:
     if not train(run, nets, prior, trained, optimizer):
         accelerator.end_training()
         return
+    unet = whole_network(accelerator, trained, type(run.pipe.unet))
     if accelerator.is_main_process:
-        save_student(run, trained)
+        save_student(run, unet)
     w = "1.0" if args.lora_rank else "{} to {}".format(*args.guidance_range)
     accelerator.print(f"done: {out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {w}")
     if args.lora_rank:

@@ -39,13 +39,13 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
-    TrajectoryBuffer, UNetModel, accumulation_of, any_timesteps, check_images, check_memory, check_output_dir,
-    check_shared_flags, count_of, create_output_dir, ddim_step, dpm_solver, drop_prompts, fingerprint,
+    TrajectoryBuffer, UNetModel, accumulation_of, any_timesteps, check_engine, check_images, check_memory,
+    check_output_dir, check_shared_flags, count_of, create_output_dir, ddim_step, dpm_solver, drop_prompts, fingerprint,
     forward_states, frozen_dtype, frozen_parameters, in_order, last_checkpoint, latent_shape, learning_rate,
-    load_images, load_pipeline, load_schedule, load_state, memory_report, mixed_rollout, noise_of, noting,
+    load_images, load_optimizer, load_pipeline, load_schedule, load_state, memory_report, mixed_rollout, noise_of, noting,
     open_data, rank_state, reflect_v, reflect_warning, refuse_changes, resolve, restore_rank, rotation,
-    save_checkpoint, save_grid, save_pipeline, seed_of, start_accelerator, student_rollout, support_of,
-    timestep_grid, with_guidance, with_w_embedding,
+    save_checkpoint, save_grid, save_pipeline, seed_of, shards_of, start_accelerator, student_rollout,
+    support_of, timestep_grid, whole, whole_network, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -285,12 +285,26 @@ class Evaluation:
         return (ends - self.reference(str(self.teacher_steps))).pow(2).mean().sqrt().item()
 
 
+def expected_forwards(args, phases: list[Phase]) -> float:
+    """UNet forwards of all updates, as metrics.csv counts them: of single samples, a backward pass as two."""
+    total = 0.0
+    for phase in phases:
+        for part, updates in enumerate(phase.updates):
+            student, teacher, n = 3.0, {"v": 0.0}.get(phase.name, 2.0), phase.name.isdigit() and int(phase.name)
+            p, rate, unstored = phase.p_forward[part], phase.student_rate[part], int(not args.store_start)
+            if p < 1:  # what a trajectory takes: the teacher is asked at each stored state, and moves the others alone
+                trajectory = unstored * (rate + 2 * (1 - rate)) + (n - 1 - unstored) * (2 + rate) + 2
+                teacher = p * teacher + (1 - p) * trajectory / (n - unstored) / args.reuse
+            total += updates * args.global_batch_size * (student + teacher)
+    return total
+
+
 def memory_of(args, pipe, accelerator) -> str:
     """GiB of the networks and their optimiser in each process, beside the device's."""
     unet, frozen = pipe.unet.num_parameters(), frozen_dtype(accelerator).itemsize
     others = frozen_parameters(pipe)
     state = 2 * 4 * torch.Size(latent_shape(pipe)).numel()  # z_t and z_s in fp32
-    gib = (16 * unet + frozen * unet + 4 * others + args.buffer_size * state) / 2**30
+    gib = (16 * unet / shards_of(accelerator) + frozen * unet + 4 * others + args.buffer_size * state) / 2**30
     what = "student, gradient and AdamW (16 bytes a parameter), teacher, VAE, text encoders and D_DAgger"
     return memory_report(gib, what, accelerator.device)
 
@@ -307,6 +321,7 @@ def describe(args, phases: list[Phase], pipe, n_images: int | str, accelerator) 
         "batch": f"{world_size} processes x {args.batch_size} x {accumulation} accumulated = {args.global_batch_size}",
         **{f"phase {p.name}": f"{p.updates} updates, p_forward {p.p_forward}, student_rate {p.student_rate}" for p in phases},
         "updates in all": sum(sum(p.updates) for p in phases),
+        "UNet forwards in all": f"{expected_forwards(args, phases):.3g} samples, a backward pass counted as two",
         "parameters": f"UNet {unet / 1e6:.1f}M, VAE and text encoders {others / 1e6:.1f}M",
         "memory a process": memory_of(args, pipe, accelerator),
     }
@@ -435,7 +450,7 @@ def update_student(run: Run, phase: Phase, part: int, source: str, nets: Network
                 raise FloatingPointError(f"the loss is {mean_loss.item()} on {source} states")
             run.accelerator.backward(loss)
             if run.accelerator.sync_gradients:
-                norm = run.accelerator.clip_grad_norm_(trained.parameters(), GRAD_CLIP)
+                norm = whole(run.accelerator.clip_grad_norm_(trained.parameters(), GRAD_CLIP))
                 if run.accelerator.scaler is None and not torch.isfinite(norm):  # fp16's scaler skips such updates
                     raise FloatingPointError(f"the gradient's norm is {norm.item()} on {source} states")
                 run.metrics.add("grad_norm", norm)
@@ -488,7 +503,7 @@ def train_part(run: Run, phase: Phase, part: int, nets: Networks, prior: Samplin
                             tqdm.write(warning)
             stop, due = run.stop.agreed(accelerator), progress["total"] % args.save_every == 0 and update + 1 < updates
             if stop or due:
-                save(run, student=trained, optimizer=optimizer)
+                save(run, student=(trained, optimizer))
             if due:
                 save_samples(run, phase, nets)
             if stop:
@@ -549,9 +564,9 @@ def prepare_part(
     optimizer = torch.optim.AdamW(student_unet.parameters())  # its learning rate is set at each update
     if checkpoint and (run.progress["part"] or run.progress["update"]):
         student_unet.load_state_dict(load_state(checkpoint / "student.pt"))
-        if run.progress["update"]:
-            optimizer.load_state_dict(load_state(checkpoint / "optimizer.pt"))
     trained, optimizer = accelerator.prepare(student_unet, optimizer)
+    if checkpoint and run.progress["update"]:
+        load_optimizer(trained, optimizer, checkpoint / "student_optimizer.pt")
     student = UNetModel(trained, run.schedule, "v_prediction", accelerator.autocast)
     rolling = UNetModel(accelerator.unwrap_model(trained), run.schedule, "v_prediction", accelerator.autocast)
     tau = [*timestep_grid(2 * int(phase.name)), CLEAN] if phase.name.isdigit() else []
@@ -582,7 +597,7 @@ def train_phase(run: Run, phase: Phase, source: Path, gc: Path, checkpoint: Path
             return None
         run.progress |= {"part": part + 1, "update": 0}
         if part + 1 < len(phase.updates):
-            save(run, student=trained, optimizer=optimizer)
+            save(run, student=(trained, optimizer))
 
     save_samples(run, phase, nets)
     if phase.name.isdigit():
@@ -592,14 +607,13 @@ def train_phase(run: Run, phase: Phase, source: Path, gc: Path, checkpoint: Path
         errors = {name: f"{error:.5f}" for name, error in errors.items()}
         run.metrics.flush(accelerator, phase=phase.name, total_updates=run.progress["total"], **errors)
         accelerator.print("{} steps: paired trajectory error {paired_error}, undistilled {paired_error_undistilled}".format(m, **errors))
-    return accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+    return whole_network(accelerator, trained, type(run.pipe.unet))
 
 
 def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     """Load and check everything, then make the run folder; None if the flags ask for a report only."""
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise SystemExit(f"{accelerator.distributed_type.value}: sharded engines are not supported yet; launch with --multi_gpu")
+    check_engine(accelerator)
     facts = {"world_size": world_size, "mixed_precision": accelerator.mixed_precision}
     if args.resume:
         refuse_changes(facts, json.loads((Path(args.output_dir) / "config.json").read_text()))

@@ -7,6 +7,9 @@
     pd.weak_scaling      seconds of an update in one process over those in two (DDP), mid size, one thread and as many samples each
     lcm.ddil_over_plain, lcm.update_over_unet    the same of LCM: the whole recipe; tiny, and mid size
     lcm.networks         UNets in memory, with the moving average and with --ema_decay 0
+    lcm.over_diffusers   seconds of an update, and peak resident memory, over diffusers' own script on the same tars, tiny, with and
+                         without cached latents. PEER=examples/consistency_distillation/train_lcm_distill_sd_wds.py of a clone of
+                         diffusers names it; it needs webdataset 0.2.86 and braceexpand, in a folder of PYTHONPATH for instance
     dmd2.ddil_over_plain, dmd2.update_over_unet  the same of DMD2: a student's update with all of its critic's
     evaluate.over_stock      images a second, noise and PNG files included, over a plain loop around the stock pipeline at the
                              same batch: tiny in 4 and 32 steps, mid size in 4
@@ -14,10 +17,12 @@
 """
 
 import csv
+import io
 import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -235,6 +240,62 @@ def lcm_networks() -> None:
             report(f"lcm.networks.ema_decay_{decay}", len({id(model.unet) for model in nets.counted}), "UNets")
 
 
+def few_tars(folder: Path, n: int = 512) -> Path:
+    """Images and captions as tars in webdataset's layout, which both read."""
+    from datasets import load_dataset
+
+    folder.mkdir()
+    for split, count in (("train", n), ("test", 16)):
+        with tarfile.open(folder / f"{split}.tar", "w") as tar:
+            for i, row in enumerate(load_dataset(str(ROOT / "assets/tiny/data"))[split].select(range(count))):
+                for suffix, save in (("png", lambda f: row["image"].save(f, "PNG")), ("txt", lambda f: f.write(row["caption"].encode()))):
+                    save(file := io.BytesIO())
+                    entry = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                    entry.size = file.tell()
+                    tar.addfile(entry, io.BytesIO(file.getvalue()))
+    return folder
+
+
+def process_cost(command: list[str], cwd: Path) -> tuple[float, float]:
+    """(seconds, peak resident GiB) of a program."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([sys.executable, *command], cwd=cwd, stdout=log, stderr=log, env=os.environ | {"HF_DATASETS_CACHE": f"{cwd}/cache"})
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            log.seek(0)
+            raise SystemExit(log.read().decode()[-2000:])
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+
+
+def lcm_over_diffusers(rounds: int = 3, few: int = 10, many: int = 60, batch_size: int = 32) -> None:
+    """Programs as users start them; a long run less a short one leaves out start and end."""
+    if "PEER" not in os.environ:
+        return print("lcm.over_diffusers: name diffusers' script by PEER, as told on top of this file", flush=True)
+    teacher = ROOT / "assets/tiny/pipeline"
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        data, peer = few_tars(folder / "data"), folder / "peer.py"
+        # its empty prompt is always 77 tokens long, those of the tiny pipeline are shorter
+        peer.write_text(Path(os.environ["PEER"]).read_text().replace("max_length=77", "max_length=tokenizer.model_max_length"))
+        ours = f"{ROOT}/lcm_ddil.py --teacher {teacher} --data {data} --p_forward 1 --reflect none --overwrite --save_every 10000 "
+        ours += f"--global_batch_size {batch_size} --output_dir ours --updates"
+        theirs = f"{peer} --pretrained_teacher_model {teacher} --train_shards_path_or_url {data}/train.tar --resolution 32 --report_to all "
+        theirs += f"--train_batch_size {batch_size} --dataloader_num_workers 1 --max_train_samples 512 --loss_type huber --w_min 0.5 "
+        theirs += "--w_max 5 --unet_time_cond_proj_dim 256 --validation_steps 10000 --checkpointing_steps 10000 --output_dir theirs --max_train_steps"
+        commands = {"theirs": (theirs, []), "cached": (ours, ["--cache_latents"]), "uncached": (ours, ["--no-cache_latents"])}
+        time_of, memory_of = {name: [] for name in commands}, {name: [] for name in commands}
+        for round in range(-1, rounds):  # one to warm up, which caches the latents
+            for name, (flags, more) in commands.items():
+                (short, _), (long, peak) = (process_cost([*flags.split(), str(updates), *more], folder) for updates in (few, many))
+                if round >= 0:
+                    time_of[name].append((long - short) / (many - few))
+                    memory_of[name].append(peak)
+        for name in ("cached", "uncached"):
+            report(f"lcm.over_diffusers.{name}.time", statistics.median(time_of[name]) / statistics.median(time_of["theirs"]))
+            report(f"lcm.over_diffusers.{name}.memory", max(memory_of[name]) / max(memory_of["theirs"]))
+
+
 def open_dmd2(folder: Path, *flags: str):
     """(run, nets, student, critic) of dmd2_ddil.py."""
     run = set_up(dmd2_ddil, folder, *flags)
@@ -393,6 +454,7 @@ BENCHMARKS = {
     "lcm.update_over_unet.tiny": lambda: on_tiny(lcm_update_over_unet, 30, False),
     "lcm.update_over_unet.mid": lambda: on_mid(lcm_update_over_unet, 8, True),
     "lcm.networks": lcm_networks,
+    "lcm.over_diffusers": lcm_over_diffusers,
     "dmd2.ddil_over_plain.tiny": lambda: on_tiny(dmd2_ddil_over_plain, 3),
     "dmd2.ddil_over_plain.mid": lambda: on_mid(dmd2_ddil_over_plain, 1),
     "dmd2.update_over_unet.tiny": lambda: on_tiny(dmd2_update_over_unet, 30, False),
