@@ -894,6 +894,11 @@ def start_accelerator(**settings):
         # accelerate launch leaves each process one thread, whatever the machine has
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(torch.get_num_threads(), cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # or transformers would leave the text encoders empty on all ranks but the first; they are not sharded
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", "ResnetBlock2D,BasicTransformerBlock")  # what UNets are made of
     # without a GPU, accelerate takes each process of torchrun for a run of its own, unless told that CPUs are meant
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of every gradient
                 InitProcessGroupKwargs(timeout=timedelta(hours=2))]  # ranks wait while the first one writes a checkpoint
@@ -903,6 +908,11 @@ def start_accelerator(**settings):
         raise SystemExit(f"accelerate launch --mixed_precision {os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')}: {error}")
     if accelerator.num_processes != launched:
         raise SystemExit(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: check its config")
+    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":  # gradients are summed in fp32, as under DDP
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        policy = MixedPrecisionPolicy(param_dtype=frozen_dtype(accelerator), reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
 
 

@@ -1,30 +1,42 @@
 """A script under FSDP2 on CPU: `python -m torch.distributed.run --standalone --nproc_per_node 2 tests/sharded.py pd_ddil.py FLAGS`.
 
 accelerate shards on GPUs only: CPU processes become DDP, whatever plugin it is given. Here its FSDP2 branch is taken by hand.
+With DIE=1 in the environment, the run dies as soon as it has saved a checkpoint.
 """
 
 import importlib
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
+import accelerate
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# what `accelerate launch --use_fsdp --fsdp_version 2` sets
+os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_MIN_NUM_PARAMS": "100000000",
+               "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_SYNC_MODULE_STATES": "true"}  # fmt: skip
 
 
-def start_sharded(start, **settings):
-    """An accelerator as a launch with --use_fsdp --fsdp_version 2 makes it on GPUs."""
-    accelerator = start(**settings)
-    PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10_000, cpu_ram_efficient_loading=False
-    )
-    return accelerator
+class ShardingAccelerator(accelerate.Accelerator):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # from the environment
+        if self.mixed_precision != "no":
+            self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
+
+
+def save_and_die(save, *args, **trained):
+    save(*args, **trained)
+    raise SystemExit("dies here")
 
 
 if __name__ == "__main__":
     script = importlib.import_module(sys.argv[1].removesuffix(".py"))
-    start = script.start_accelerator
-    script.start_accelerator = lambda **settings: start_sharded(start, **settings)
+    accelerate.Accelerator = ShardingAccelerator
+    if "DIE" in os.environ:
+        script.save = partial(save_and_die, script.save)
     script.main(sys.argv[2:])

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import run_here, run_script, save_teacher, weights_of
 
 SD15 = dict(  # CompVis/stable-diffusion-v1-4, runwayml/stable-diffusion-v1-5
@@ -138,3 +139,31 @@ def test_two_processes(script, architecture, tmp_path, data_folder):
         process = run_script(*more, script=f"{script}.py", launcher=launcher)
         assert process.returncode == 0, process.stderr
     assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("script, resumed_by", [("pd_ddil", "sharded"), ("lcm_ddil", "ddp"), ("dmd2_ddil", "sharded")])
+def test_sharded(script, resumed_by, tmp_path, teacher_folder, data_folder, monkeypatch):
+    """FSDP2, accumulating: a checkpoint goes on under either engine, and both train the same."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+    def launch(*args, engine="sharded", returncode=0):
+        inputs = dict(script="tests/sharded.py", launcher=launcher) if engine == "sharded" else dict(script=f"{script}.py", launcher=launcher)
+        process = run_script(*[f"{script}.py"] * (engine == "sharded"), *args, **inputs)
+        assert process.returncode == returncode, process.stderr
+
+    few = ["--global_batch_size", 4, "--batch_size", 1, "--learning_rate", "1e-3"]  # not so many that rounding errors have grown
+    launch(*flags(script, teacher_folder, data_folder, tmp_path / "whole"), *few)
+    monkeypatch.setenv("DIE", "1")
+    launch(*flags(script, teacher_folder, data_folder, tmp_path / "run"), *few, returncode=1)
+    monkeypatch.delenv("DIE")
+    assert not (tmp_path / "run" / "pipeline").exists()
+    launch("--resume", "--output_dir", tmp_path / "run", engine=resumed_by)
+    whole, resumed = (weights_of(tmp_path / run / "pipeline") for run in ("whole", "run"))
+    for name in whole:
+        torch.testing.assert_close(whole[name], resumed[name], rtol=0, atol=0 if resumed_by == "sharded" else 1e-4)
+
+
+def test_engines_that_are_refused(tmp_path, teacher_folder, data_folder, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(SystemExit, match="DEEPSPEED: is not supported; launch with --multi_gpu"):
+        run_here(*flags("pd_ddil", teacher_folder, data_folder, tmp_path / "run"))
