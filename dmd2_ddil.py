@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, any_timesteps, betas_of, check_engine, check_images, check_memory, check_output_dir, check_shared_flags,
+    accumulation_of, activation_memory, any_timesteps, betas_of, check_engine, check_images, check_memory, check_output_dir, check_shared_flags,
     consistency_function, consistency_rollout, count_of, create_output_dir, eps_from_v, fingerprint, forward_states,
     frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate, load_images, load_optimizer, load_pipeline,
     load_schedule, load_state, memory_report, moved_fraction, noise_of, open_data, part_of, priors_of, rank_state,
@@ -349,12 +349,12 @@ def expected_forwards(args, has_w: bool) -> float:
     return updates_of(args) * args.global_batch_size * (args.fake_updates * critic + student)
 
 
-def memory_of(args, pipes: dict, accelerator) -> str:
+def memory_of(args, pipes: dict, accelerator, activations: float | None = None) -> str:
     """GiB of the networks and their optimisers in each process, beside the device's."""
     gib = (16 * sum(trained_parameters(args, pipes).values()) / shards_of(accelerator) + 4 * frozen_parameters(pipes["teacher"])) / 2**30
     gib += frozen_dtype(accelerator).itemsize * pipes["teacher"].unet.num_parameters() / 2**30
     what = "student and critic with gradients and AdamW (16 bytes a parameter), teacher, VAE and text encoders"
-    return memory_report(gib, what, accelerator.device)
+    return memory_report(gib, what, accelerator.device, activations)
 
 
 def describe(args, pipes: dict, n_samples: int | str, accelerator) -> str:
@@ -367,6 +367,10 @@ def describe(args, pipes: dict, n_samples: int | str, accelerator) -> str:
     has_w = pipes["teacher"].unet.config.time_cond_proj_dim is not None
     frozen, world_size = frozen_dtype(accelerator).itemsize, accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
+    of_student, of_fake = (activation_memory(pipes["teacher"], pipes[name].unet, args.batch_size, accelerator, args.gradient_checkpointing)
+                           for name in ("student", "fake"))  # fmt: skip
+    encoder = ENCODER * (args.gan_weight > 0)  # of the GAN, beside the student's graph, and of twice as many samples beside the fake score's
+    activations = max(of_student + encoder * of_fake, of_fake + 2 * encoder * of_fake)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
         "": "",
         "images" if needs_images(args) else "prompts": n_samples,
@@ -378,7 +382,7 @@ def describe(args, pipes: dict, n_samples: int | str, accelerator) -> str:
         **{f"{name}, weights": gib(n, 4) for name, n in counts.items()},
         **{f"{name}, AdamW": gib(n, 8) for name, n in counts.items()},
         "VAE, text encoders": gib(frozen_parameters(pipes["teacher"]), 4),
-        "memory a process": memory_of(args, pipes, accelerator),
+        "memory a process": memory_of(args, pipes, accelerator, activations),
     }
     return "\n".join(f"{name:24} {value}" for name, value in rows.items())
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, betas_of, check_engine, check_images, check_memory, check_output_dir, check_shared_flags,
+    accumulation_of, activation_memory, betas_of, check_engine, check_images, check_memory, check_output_dir, check_shared_flags,
     consistency_function, consistency_rollout, count_of, create_output_dir, ddim_step, drop_prompts, fingerprint,
     forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate, load_images,
     load_optimizer, load_pipeline, load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of, priors_of,
@@ -249,7 +249,7 @@ def expected_forwards(args, has_w: bool) -> float:
     return updates_of(args) * args.global_batch_size * update
 
 
-def memory_of(args, pipe, accelerator) -> str:
+def memory_of(args, pipe, accelerator, activations: float | None = None) -> str:
     """GiB of the networks and their optimiser in each process, beside the device's."""
     unet = trained = pipe.unet.num_parameters()
     if args.lora_rank:
@@ -260,7 +260,7 @@ def memory_of(args, pipe, accelerator) -> str:
     frozen = 4 if args.lora_rank else frozen_dtype(accelerator).itemsize  # a LoRA's teacher is the UNet under it
     gib = (16 * trained / shards_of(accelerator) + frozen * unet + 4 * unet * (args.ema_decay > 0) + 4 * others) / 2**30
     what = "student, gradient and AdamW (16 bytes a trained parameter), teacher, target, VAE and text encoders"
-    return memory_report(gib, what, accelerator.device)
+    return memory_report(gib, what, accelerator.device, activations)
 
 
 def describe(args, pipe, n_images: int | str, accelerator) -> str:
@@ -269,6 +269,7 @@ def describe(args, pipe, n_images: int | str, accelerator) -> str:
     others = frozen_parameters(pipe)
     has_w, world_size = pipe.unet.config.time_cond_proj_dim is not None, accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
+    activations = activation_memory(pipe, pipe.unet, args.batch_size, accelerator, args.gradient_checkpointing)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
         "": "",
         "images": n_images,
@@ -276,7 +277,7 @@ def describe(args, pipe, n_images: int | str, accelerator) -> str:
         "updates in all": updates_of(args),
         "UNet forwards in all": f"{expected_forwards(args, has_w):.3g} samples, a backward pass counted as two",
         "parameters": f"UNet {unet / 1e6:.1f}M, VAE and text encoders {others / 1e6:.1f}M",
-        "memory a process": memory_of(args, pipe, accelerator),
+        "memory a process": memory_of(args, pipe, accelerator, activations),
     }
     return "\n".join(f"{name:24} {value}" for name, value in rows.items())
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
-    TrajectoryBuffer, UNetModel, accumulation_of, any_timesteps, check_engine, check_images, check_memory,
+    TrajectoryBuffer, UNetModel, accumulation_of, activation_memory, any_timesteps, check_engine, check_images, check_memory,
     check_output_dir, check_shared_flags, count_of, create_output_dir, ddim_step, dpm_solver, drop_prompts, fingerprint,
     forward_states, frozen_dtype, frozen_parameters, in_order, last_checkpoint, latent_shape, learning_rate,
     load_images, load_optimizer, load_pipeline, load_schedule, load_state, memory_report, mixed_rollout, noise_of, noting,
@@ -299,14 +299,14 @@ def expected_forwards(args, phases: list[Phase]) -> float:
     return total
 
 
-def memory_of(args, pipe, accelerator) -> str:
+def memory_of(args, pipe, accelerator, activations: float | None = None) -> str:
     """GiB of the networks and their optimiser in each process, beside the device's."""
     unet, frozen = pipe.unet.num_parameters(), frozen_dtype(accelerator).itemsize
     others = frozen_parameters(pipe)
     state = 2 * 4 * torch.Size(latent_shape(pipe)).numel()  # z_t and z_s in fp32
     gib = (16 * unet / shards_of(accelerator) + frozen * unet + 4 * others + args.buffer_size * state) / 2**30
     what = "student, gradient and AdamW (16 bytes a parameter), teacher, VAE, text encoders and D_DAgger"
-    return memory_report(gib, what, accelerator.device)
+    return memory_report(gib, what, accelerator.device, activations)
 
 
 def describe(args, phases: list[Phase], pipe, n_images: int | str, accelerator) -> str:
@@ -315,6 +315,7 @@ def describe(args, phases: list[Phase], pipe, n_images: int | str, accelerator) 
     others = frozen_parameters(pipe)
     world_size = accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
+    activations = activation_memory(pipe, pipe.unet, args.batch_size, accelerator, args.gradient_checkpointing)
     rows = {name: value for name, value in sorted(vars(args).items())} | {
         "": "",
         "images": n_images,
@@ -323,7 +324,7 @@ def describe(args, phases: list[Phase], pipe, n_images: int | str, accelerator) 
         "updates in all": sum(sum(p.updates) for p in phases),
         "UNet forwards in all": f"{expected_forwards(args, phases):.3g} samples, a backward pass counted as two",
         "parameters": f"UNet {unet / 1e6:.1f}M, VAE and text encoders {others / 1e6:.1f}M",
-        "memory a process": memory_of(args, pipe, accelerator),
+        "memory a process": memory_of(args, pipe, accelerator, activations),
     }
     return "\n".join(f"{name:24} {value}" for name, value in rows.items())
 

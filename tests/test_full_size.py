@@ -3,11 +3,15 @@ latents), predicting eps and v, through three updates, a kill, a resume and an e
 
 import importlib
 import json
+import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from conftest import run_here, run_script, save_teacher, weights_of
+from conftest import rows_of, run_here, run_script, save_teacher, weights_of
+
+from common import PromptEncoder, UNetModel, activation_memory, load_pipeline
 
 SD15 = dict(  # CompVis/stable-diffusion-v1-4, runwayml/stable-diffusion-v1-5
     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
@@ -108,6 +112,46 @@ def test_device_that_is_too_small(script, tmp_path, teacher_folder, data_folder,
     with pytest.raises(SystemExit, match=r"this run needs \d.\d\d GiB for student.* does NOT fit"):
         run_here(*flags(script, teacher_folder, data_folder, tmp_path / "run"), script=f"{script}.py")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script, more", [
+    ("pd_ddil", "--teacher_steps 8 --student_steps 2 --updates 4=24,12 2=24 --p_forward 0 0.5 --student_rate 0.5 --reuse 1 --eval_prompts 2"),
+    ("lcm_ddil", "--updates 60 --p_forward 0.4 --p_student 0.6"),
+    ("lcm_ddil", "--updates 10 --p_teacher 1 --rollout_steps 2"),
+    ("dmd2_ddil", "--updates 20 --fake_updates 3"),
+])  # fmt: skip
+def test_expected_forwards_are_those_that_are_counted(script, more, tmp_path, gc_folder, data_folder, capsys):
+    args = ["--teacher", gc_folder, "--data", data_folder, "--output_dir", tmp_path / "run", "--seed", 1, *more.split()]
+    args += ["--global_batch_size", 4, "--warmup", 1, *["--guidance_range", 2, 5] * (script != "dmd2_ddil")]
+    run_here(*args, "--dry_run", script=f"{script}.py")
+    expected = float(re.search(r"UNet forwards in all +(\S+)", capsys.readouterr().out)[1])
+    run_here(*args, script=f"{script}.py")
+    counted = [float(row["unet_forwards"]) for row in rows_of(tmp_path / "run") if row["unet_forwards"]]
+    assert counted[-1] == pytest.approx(expected, rel=0.07)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_that_autograd_keeps(checkpointing, xl_folder):
+    pipe, kept = load_pipeline(str(xl_folder)), {}
+
+    def keep(value):
+        if not isinstance(value, torch.nn.Parameter) and value.data_ptr() not in weights:
+            kept[value.untyped_storage().data_ptr()] = value  # is not let go of, or another one would get its place
+        return value
+
+    accelerator, unet = Accelerator(), pipe.unet.requires_grad_(True)
+    weights = {p.data_ptr() for p in unet.parameters()}
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    prompts = PromptEncoder(pipe, "cpu")
+    cond = prompts.encode(prompts.tokenize(["a"] * 6))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        UNetModel(unet.train(), None, "", accelerator.autocast).run(torch.randn(6, 4, 8, 8), torch.zeros(6, dtype=torch.long), cond)
+    by_hooks = sum(value.untyped_storage().nbytes() for value in kept.values()) / 2**30
+    estimate, one = (activation_memory(pipe, unet, n, accelerator, checkpointing) for n in (6, 1))
+    # at the peak there are those of the block that is being computed, too: more beside few checkpoints than beside all the others
+    assert by_hooks < estimate < by_hooks * (3 if checkpointing else 1.5)
+    assert one < estimate / 5
 
 
 def test_precision_that_the_device_has_not(tmp_path, teacher_folder, data_folder, monkeypatch):
