@@ -4,7 +4,9 @@ latents), predicting eps and v, through three updates, a kill, a resume and an e
 import importlib
 import json
 import re
+import shutil
 
+import hub
 import pytest
 import torch
 from accelerate import Accelerator
@@ -183,6 +185,23 @@ def test_two_processes(script, architecture, tmp_path, data_folder):
         process = run_script(*more, script=f"{script}.py", launcher=launcher)
         assert process.returncode == 0, process.stderr
     assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("streaming", ["--streaming", "--no-streaming"])
+def test_hub_names(streaming, tmp_path, teacher_folder, data_folder, monkeypatch):
+    """Teacher and data from a hub train the same as from folders; a run of theirs goes on."""
+    args = ["--warmup", 1, "--global_batch_size", 2, "--guidance_range", 2, 5, "--updates", 3, "--p_forward", 0.5, streaming]
+    run_here("--teacher", teacher_folder, "--data", data_folder, "--output_dir", tmp_path / "local", *args, script="lcm_ddil.py")
+    for name, folder in ("model", teacher_folder), ("data", data_folder):
+        shutil.copytree(folder, tmp_path / "hub" / "owner" / name)
+    with hub.serve(tmp_path / "hub") as address:
+        for name, value in ("HF_HUB_OFFLINE", "0"), ("HF_ENDPOINT", address), ("HF_HOME", tmp_path), ("HF_DATASETS_CACHE", tmp_path / "cache"):
+            monkeypatch.setenv(name, str(value))
+        for more in (["--teacher", "owner/model", "--data", "owner/data", *args], ["--resume"]):
+            process = run_script("--output_dir", tmp_path / "run", *more, script="lcm_ddil.py")
+            assert process.returncode == 0, process.stderr
+    local, run = (weights_of(tmp_path / name / "pipeline") for name in ("local", "run"))
+    assert all(torch.equal(local[name], run[name]) for name in local)
 
 
 @pytest.mark.parametrize("script, resumed_by", [("pd_ddil", "sharded"), ("lcm_ddil", "ddp"), ("dmd2_ddil", "sharded")])
