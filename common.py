@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, islice, pairwise
@@ -659,7 +660,7 @@ class LatentData:
         self.vae, self.scaling = pipe.vae.to(prompts.device), pipe.vae.config.scaling_factor
         self.shape = latent_shape(pipe)
         self.size = self.shape[1] * pipe.vae_scale_factor
-        self.seen, self.unusable = 0, Counter()
+        self.seen, self.unusable, self.threads = 0, Counter(), ThreadPoolExecutor()  # images are decoded and resized side by side
         self.open(cache)
 
     def open(self, cache: bool) -> None:
@@ -726,7 +727,7 @@ class LatentData:
 
     def usable(self, samples: list[dict]) -> list[dict]:
         """The undecoded samples that can be trained on, decoded. SystemExit where too many cannot."""
-        reasons = [reason_against(sample) for sample in samples]
+        reasons = [*self.threads.map(reason_against, samples)]
         self.seen += len(samples)
         before = self.unusable.total()
         self.unusable.update(reason for reason in reasons if reason)
@@ -744,11 +745,11 @@ class LatentData:
         from PIL import Image, ImageOps
 
         images, n = [sample["image"] for sample in samples], self.size
-        fitted = [ImageOps.fit(image, (n, n), Image.LANCZOS) for image in images]  # the central square
+        fitted = self.threads.map(lambda image: np.asarray(ImageOps.fit(image, (n, n), Image.LANCZOS)), images)  # the central square
         original = torch.tensor([[image.height, image.width] for image in images])  # [B, 2]
         corners = ((original * n / original.amin(dim=1, keepdim=True)).round() - n) // 2  # of the crop, in the image as it is scaled
         sizes = torch.cat([original, corners.long(), torch.full_like(original, n)], dim=1)
-        pixels = torch.from_numpy(np.stack([np.asarray(i) for i in fitted])).permute(0, 3, 1, 2)  # [B, 3, H, W] uint8
+        pixels = torch.from_numpy(np.stack([*fitted])).permute(0, 3, 1, 2)  # [B, 3, H, W] uint8
         moments = []
         for part in pixels.split(16):  # the VAE's activations at full resolution are large
             posterior = self.vae.encode(part.to(self.prompts.device) / 127.5 - 1).latent_dist
@@ -845,9 +846,9 @@ class StreamedData(LatentData):
         while len(samples) < self.batch_size:
             if self.place == len(self.block):
                 self.read_block()
-            sample = self.block[self.place]
-            self.place += 1
-            samples += self.usable([dict(sample) if need_images else {"caption": sample["caption"]}])
+            part = self.block[self.place : self.place + self.batch_size - len(samples)]
+            self.place += len(part)
+            samples += self.usable([dict(sample) if need_images else {"caption": sample["caption"]} for sample in part])
         return samples
 
     def next(self) -> tuple[Tensor, Tensor]:

@@ -42,13 +42,14 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, activation_memory, any_timesteps, betas_of, check_engine, check_images, check_memory, check_output_dir, check_shared_flags,
-    consistency_function, consistency_rollout, count_of, create_output_dir, eps_from_v, fingerprint, forward_states,
-    frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate, load_images, load_optimizer, load_pipeline,
-    load_schedule, load_state, memory_report, moved_fraction, noise_of, open_data, part_of, priors_of, rank_state,
-    reflect, reflect_warning, refuse_changes, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline,
-    seed_of, shards_of, start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of,
-    whole, whole_network, with_guidance, x_from_v,
+    accumulation_of, activation_memory, any_timesteps, betas_of, check_engine, check_images, check_memory,
+    check_output_dir, check_shared_flags, consistency_function, consistency_rollout, count_of, create_output_dir,
+    eps_from_v, fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape,
+    learning_rate, load_images, load_optimizer, load_pipeline, load_schedule, load_state, memory_report,
+    moved_fraction, noise_of, open_data, part_of, priors_of, rank_state, reflect, reflect_warning, refuse_changes,
+    resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of, start_accelerator,
+    student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network, with_guidance,
+    x_from_v,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -672,7 +673,7 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
     real = network if network.config.time_cond_proj_dim is not None else with_guidance(network, run.null)
     trained = {}
     for name, module in (("student", student_unet), ("critic", critic_module)):
-        optimizer = torch.optim.AdamW(module.parameters())  # lr is set at each update
+        optimizer = torch.optim.AdamW(module.parameters(), fused=device.type == "cuda" or None)  # its learning rate is set at each update
         if checkpoint:
             module.load_state_dict(load_state(checkpoint / f"{name}.pt"))
         trained[name] = Trained(*accelerator.prepare(module, optimizer))

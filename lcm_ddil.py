@@ -39,13 +39,14 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, activation_memory, betas_of, check_engine, check_images, check_memory, check_output_dir, check_shared_flags,
-    consistency_function, consistency_rollout, count_of, create_output_dir, ddim_step, drop_prompts, fingerprint,
-    forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate, load_images,
-    load_optimizer, load_pipeline, load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of, priors_of,
-    rank_state, reflect_warning, refuse_changes, replace_folder, resolve, restore_rank, save_checkpoint, save_grid,
-    save_pipeline, seed_of, select, shards_of, start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid,
-    updates_of, whole, whole_network, with_guidance, with_w_embedding,
+    accumulation_of, activation_memory, betas_of, check_engine, check_images, check_memory, check_output_dir,
+    check_shared_flags, consistency_function, consistency_rollout, count_of, create_output_dir, ddim_step,
+    drop_prompts, fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape,
+    learning_rate, load_images, load_optimizer, load_pipeline, load_schedule, load_state, memory_report, noise_of,
+    noting, open_data, part_of, priors_of, rank_state, reflect_warning, refuse_changes, replace_folder, resolve,
+    restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, select, shards_of, start_accelerator,
+    student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network, with_guidance,
+    with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -512,7 +513,8 @@ def prepare(run: Run, unet, prediction_type: str, checkpoint: Path | None):
     frozen = without_lora(network, frozen_unet) if args.lora_rank else network
     guided = frozen if has_w else with_guidance(frozen, run.null)
 
-    optimizer = torch.optim.AdamW([p for p in student_unet.parameters() if p.requires_grad])  # lr is set at each update
+    parameters = [p for p in student_unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, fused=device.type == "cuda" or None)  # its learning rate is set at each update
     ema = copy.deepcopy(student_unet).requires_grad_(False) if args.ema_decay else None
     if checkpoint:
         student_unet.load_state_dict(load_state(checkpoint / "student.pt"))

@@ -39,13 +39,13 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
-    TrajectoryBuffer, UNetModel, accumulation_of, activation_memory, any_timesteps, check_engine, check_images, check_memory,
-    check_output_dir, check_shared_flags, count_of, create_output_dir, ddim_step, dpm_solver, drop_prompts, fingerprint,
-    forward_states, frozen_dtype, frozen_parameters, in_order, last_checkpoint, latent_shape, learning_rate,
-    load_images, load_optimizer, load_pipeline, load_schedule, load_state, memory_report, mixed_rollout, noise_of, noting,
-    open_data, rank_state, reflect_v, reflect_warning, refuse_changes, resolve, restore_rank, rotation,
-    save_checkpoint, save_grid, save_pipeline, seed_of, shards_of, start_accelerator, student_rollout,
-    support_of, timestep_grid, whole, whole_network, with_guidance, with_w_embedding,
+    TrajectoryBuffer, UNetModel, accumulation_of, activation_memory, any_timesteps, check_engine, check_images,
+    check_memory, check_output_dir, check_shared_flags, count_of, create_output_dir, ddim_step, dpm_solver,
+    drop_prompts, fingerprint, forward_states, frozen_dtype, frozen_parameters, in_order, last_checkpoint,
+    latent_shape, learning_rate, load_images, load_optimizer, load_pipeline, load_schedule, load_state, memory_report,
+    mixed_rollout, noise_of, noting, open_data, rank_state, reflect_v, reflect_warning, refuse_changes, resolve,
+    restore_rank, rotation, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of, start_accelerator,
+    student_rollout, support_of, timestep_grid, whole, whole_network, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -562,7 +562,7 @@ def prepare_part(
     """(nets, trained, optimizer): the student under the engine, with the part's own optimiser [D7]."""
     accelerator = run.accelerator
     accelerator.free_memory()  # the engine, too, holds on to what it prepared for the part before
-    optimizer = torch.optim.AdamW(student_unet.parameters())  # its learning rate is set at each update
+    optimizer = torch.optim.AdamW(student_unet.parameters(), fused=accelerator.device.type == "cuda" or None)  # its learning rate is set at each update
     if checkpoint and (run.progress["part"] or run.progress["update"]):
         student_unet.load_state_dict(load_state(checkpoint / "student.pt"))
     trained, optimizer = accelerator.prepare(student_unet, optimizer)
