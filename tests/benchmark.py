@@ -11,6 +11,9 @@
                          without cached latents. PEER=examples/consistency_distillation/train_lcm_distill_sd_wds.py of a clone of
                          diffusers names it; it needs webdataset 0.2.86 and braceexpand, in a folder of PYTHONPATH for instance
     dmd2.ddil_over_plain, dmd2.update_over_unet  the same of DMD2: a student's update with all of its critic's
+    full.sd15, full.ssd1b    seconds of an update, peak memory and model FLOP utilisation (of the device's own rate for large
+                             matrices) of all three methods, with and without DDIL and --compile, in bf16 at the largest batch that
+                             fits: random weights of the real shapes on a GPU; without one narrow networks, to see that it runs
     evaluate.over_stock      images a second, noise and PNG files included, over a plain loop around the stock pipeline at the
                              same batch: tiny in 4 and 32 steps, mid size in 4
     evaluate.memory          peak resident memory of FID's statistics of 3,000 and of 30,000 images of 256 pixels, without a network
@@ -25,8 +28,10 @@ import sys
 import tarfile
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +43,7 @@ import dmd2_ddil  # noqa: E402
 import evaluate  # noqa: E402
 import lcm_ddil  # noqa: E402
 import pd_ddil  # noqa: E402
-from common import W_EMBEDDING_DIM, load_pipeline, save_pipeline  # noqa: E402
+from common import W_EMBEDDING_DIM, PromptEncoder, UNetModel, latent_shape, load_pipeline, save_pipeline  # noqa: E402
 
 
 def report(name: str, value: float, unit: str = "x") -> None:
@@ -444,6 +449,93 @@ def weak_scaling(rounds: int = 2) -> None:
         report("pd.weak_scaling", statistics.mean(found[1]) / statistics.mean(found[2]))
 
 
+def matrix_rate(device: str, n: int) -> float:
+    """bf16 FLOPs a second of n x n matrices."""
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+
+    def multiply(rounds: int):
+        for _ in range(rounds):
+            a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    multiply(3)
+    return 10 * 2 * n**3 / seconds(multiply, 10)
+
+
+def forward_flops(folder: Path) -> int:
+    """Of one sample through the UNet of a pipeline, counted on tensors without values."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pipe = load_pipeline(str(folder))
+    prompts = PromptEncoder(pipe, "cpu")
+    one = prompts.encode(prompts.tokenize([""])) | {"w": torch.ones(1)}
+    network = UNetModel(pipe.unet.to("meta"), None, "", nullcontext)
+    with FlopCounterMode(display=False) as counter:
+        network.run(torch.zeros(1, *latent_shape(pipe), device="meta"), torch.zeros(1, device="meta"), {k: v.to("meta") for k, v in one.items()})
+    return counter.get_total_flops()
+
+
+def run_full(script: str, flags: list, folder: Path, updates: int) -> tuple[float, float, float]:
+    """(seconds, UNet forwards) of an update, over the second half of the run, and peak GiB; None where memory is too small."""
+    code = f"import {script}, torch, resource, sys; {script}.main(sys.argv[1:]); "
+    code += "print(torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    command = [sys.executable, "-c", code, *flags, "--output_dir", folder / "run", "--overwrite", "--log_every", 1, "--save_every", 10**6]
+    process = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16"})
+    if "out of memory" in process.stderr:
+        return None
+    if process.returncode:
+        raise SystemExit(process.stderr[-2000:])
+    with (folder / "run/metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["seconds"]][-updates // 2 - 1 :]
+    forwards = float(rows[-1]["unet_forwards"]) - float(rows[0]["unet_forwards"])
+    return statistics.mean(float(row["seconds"]) for row in rows[1:]), forwards / (len(rows) - 1), float(process.stdout.split()[-1])
+
+
+FULL = {  # the arguments that make an update what it is in the recipes; then those of plain distillation
+    "pd_ddil": ("gc", "--teacher_steps 8 --student_steps 4 --updates 4={} --p_forward 0.5 --student_rate 0.8 --eval_prompts 2", "--p_forward 1"),
+    "lcm_ddil": ("teacher", "--updates {} --p_forward 0.5", "--p_forward 1"),
+    "dmd2_ddil": ("teacher", "--updates {} --fake_updates 10", "--p_student 1"),
+}
+
+
+def full_size(kind: str) -> None:
+    with patch.dict(os.environ):  # the tests hide GPUs
+        from conftest import save_teacher
+        from test_full_size import NARROW, SD15, SSD1B
+
+    on_gpu = torch.cuda.is_available()
+    real = {"sd15": SD15 | dict(block_out_channels=(320, 640, 1280, 1280), sample_size=64),
+            "ssd1b": SSD1B | dict(block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), sample_size=128)}  # fmt: skip
+    unet, batches, updates = (real[kind], (64, 32, 16, 8, 4, 2, 1), 24) if on_gpu else (NARROW[kind], (4,), 4)
+    rate = matrix_rate("cuda", 8192) if on_gpu else matrix_rate("cpu", 1024)
+    report("full.matrix_rate", rate / 1e12, "TFLOP/s")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        data, xl = few_images(folder / "data"), kind == "ssd1b"
+        save_teacher(folder / "gc", xl=xl, prediction_type="v_prediction", time_cond_proj_dim=W_EMBEDDING_DIM, **unet)
+        flops = forward_flops(save_teacher(folder / "teacher", xl=xl, **unet))
+        report(f"full.{kind}.forward", flops / 1e9, "GFLOP")
+        for script, (teacher, ours, plain) in FULL.items():
+            fitting, arms = batches, {"plain": plain, "ddil": "", "plain.compiled": f"{plain} --compile", "ddil.compiled": "--compile"}
+            time_of = {}
+            for arm, more in arms.items():
+                for batch_size in fitting:
+                    flags = ["--teacher", folder / teacher, "--data", data, "--global_batch_size", batch_size, "--gradient_checkpointing"]
+                    if found := run_full(script, [*flags, *ours.format(updates).split(), *more.split()], folder, updates):
+                        break
+                else:
+                    raise SystemExit(f"{script}: not even a batch of {fitting[-1]} fits")
+                fitting, (time_of[arm], forwards, gib) = (batch_size,), found
+                name = f"full.{kind}.{script}.{arm}"
+                report(f"{name}.batch_size", batch_size, "samples")
+                report(f"{name}.update", time_of[arm], "s")
+                report(f"{name}.memory", gib, "GiB")
+                report(f"{name}.utilisation", forwards * flops / time_of[arm] / rate)
+            for compiled in ("", ".compiled"):
+                report(f"full.{kind}.{script}.ddil_over_plain{compiled}", time_of[f"ddil{compiled}"] / time_of[f"plain{compiled}"])
+
+
 BENCHMARKS = {
     "pd.ddil_over_plain": ddil_over_plain,
     "pd.update_over_unet.tiny": lambda: update_over_unet("tiny", tiny_gc, [], 30, with_optimizer=False),
@@ -459,6 +551,8 @@ BENCHMARKS = {
     "dmd2.ddil_over_plain.mid": lambda: on_mid(dmd2_ddil_over_plain, 1),
     "dmd2.update_over_unet.tiny": lambda: on_tiny(dmd2_update_over_unet, 30, False),
     "dmd2.update_over_unet.mid": lambda: on_mid(dmd2_update_over_unet, 6, True),
+    "full.sd15": lambda: full_size("sd15"),
+    "full.ssd1b": lambda: full_size("ssd1b"),
     "evaluate.over_stock.tiny.4": lambda: evaluate_over_stock("tiny.4", tiny_gc, 4, 50, 7),
     "evaluate.over_stock.tiny.32": lambda: evaluate_over_stock("tiny.32", tiny_gc, 32, 50, 3),
     "evaluate.over_stock.mid.4": lambda: evaluate_over_stock("mid.4", mid_gc, 4, 4, 3),
