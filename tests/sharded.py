@@ -1,4 +1,4 @@
-"""A script under FSDP2 on CPU: `python -m torch.distributed.run --standalone --nproc_per_node 2 tests/sharded.py pd_ddil.py FLAGS`.
+"""A script under FSDP2 on CPU: `accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 tests/sharded.py pd_ddil.py FLAGS`.
 
 accelerate shards on GPUs only: CPU processes become DDP, whatever plugin it is given. Here its FSDP2 branch is taken by hand.
 With DIE=1 in the environment, the run dies as soon as it has saved a checkpoint.
@@ -15,9 +15,6 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# what `accelerate launch --use_fsdp --fsdp_version 2` sets
-os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_MIN_NUM_PARAMS": "100000000",
-               "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_SYNC_MODULE_STATES": "true"}  # fmt: skip
 
 
 class ShardingAccelerator(accelerate.Accelerator):

@@ -204,20 +204,28 @@ def test_hub_names(streaming, tmp_path, teacher_folder, data_folder, monkeypatch
     assert all(torch.equal(local[name], run[name]) for name in local)
 
 
-@pytest.mark.parametrize("script, resumed_by", [("pd_ddil", "sharded"), ("lcm_ddil", "ddp"), ("dmd2_ddil", "sharded")])
-def test_sharded(script, resumed_by, tmp_path, teacher_folder, data_folder, monkeypatch):
+@pytest.mark.parametrize("script, architecture, resumed_by", [
+    slow_unless(True, "pd_ddil", "tiny", "sharded"), slow_unless(True, "lcm_ddil", "sd15", "ddp"), slow_unless(True, "dmd2_ddil", "ssd1b", "sharded"),
+    slow_unless(False, "pd_ddil", "ssd1b", "ddp"), slow_unless(False, "lcm_ddil", "ssd1b", "sharded"), slow_unless(False, "dmd2_ddil", "sd15", "ddp"),
+])  # fmt: skip
+def test_sharded(script, architecture, resumed_by, tmp_path, data_folder, monkeypatch):
     """FSDP2, accumulating: a checkpoint goes on under either engine, and both train the same."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    teacher = save_teacher(tmp_path / "teacher", xl=architecture == "ssd1b", **NARROW.get(architecture, {}))
+    accelerate = "-m accelerate.commands.launch --num_machines 1 --num_processes 2 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2"
 
     def launch(*args, engine="sharded", returncode=0):
-        inputs = dict(script="tests/sharded.py", launcher=launcher) if engine == "sharded" else dict(script=f"{script}.py", launcher=launcher)
-        process = run_script(*[f"{script}.py"] * (engine == "sharded"), *args, **inputs)
+        if engine == "sharded":
+            launcher = [*accelerate.split(), "--use_fsdp", "--fsdp_version", "2"]
+            process = run_script(f"{script}.py", *args, script="tests/sharded.py", launcher=launcher)
+        else:
+            process = run_script(*args, script=f"{script}.py", launcher=torchrun.split())
         assert process.returncode == returncode, process.stderr
 
     few = ["--global_batch_size", 4, "--batch_size", 1, "--learning_rate", "1e-3"]  # not so many that rounding errors have grown
-    launch(*flags(script, teacher_folder, data_folder, tmp_path / "whole"), *few)
+    launch(*flags(script, teacher, data_folder, tmp_path / "whole"), *few)
     monkeypatch.setenv("DIE", "1")
-    launch(*flags(script, teacher_folder, data_folder, tmp_path / "run"), *few, returncode=1)
+    launch(*flags(script, teacher, data_folder, tmp_path / "run"), *few, returncode=1)
     monkeypatch.delenv("DIE")
     assert not (tmp_path / "run" / "pipeline").exists()
     launch("--resume", "--output_dir", tmp_path / "run", engine=resumed_by)
