@@ -634,13 +634,38 @@ def reason_against(row: dict) -> str | None:
     return None if isinstance(row["caption"], str) and row["caption"].strip() else "no caption"
 
 
-def check_images(dataset) -> Counter:
-    """Counts of samples: "usable", or the reason why one cannot be trained on."""
+def fit_square(image, size: int):
+    """The central square of a PIL image at size x size pixels: what is trained on."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (size, size), Image.LANCZOS)
+
+
+def check_images(dataset, size: int, sheet: Path) -> Counter:
+    """Counts of samples: "usable", or the reason why one cannot be trained on. The first eight usable images and their
+    captions are drawn to the PNG file `sheet`."""
     from tqdm import tqdm
 
-    counts = Counter(usable=0)
-    counts.update(reason_against(row) or "usable" for row in tqdm(undecoded(dataset), desc="checking"))
+    counts, examples = Counter(usable=0), {}
+    for row in tqdm(undecoded(dataset), desc="checking"):
+        reason = reason_against(row)
+        counts[reason or "usable"] += 1
+        if not reason and "image" in row and len(examples) < 8:
+            examples[f"{counts['usable']}. {row['caption'][:70]}"] = [fit_square(row["image"], size)]
+    if examples:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        save_sheet(sheet, examples, label_width=450)
     return counts
+
+
+def report_on_data(args, pipe, dataset, accelerator) -> str:
+    """What --check_data prints, on the first process."""
+    if not accelerator.is_main_process:
+        return ""
+    sheet = Path(f"{args.output_dir}-data.png")
+    counts = check_images(dataset, latent_shape(pipe)[1] * pipe.vae_scale_factor, sheet)
+    lines = [f"{reason:24} {n}" for reason, n in counts.items()]
+    return "\n".join(lines + [f"{'examples':24} {sheet}"] * ("image" in dataset.column_names and counts["usable"] > 0))
 
 
 class LatentData:
@@ -742,10 +767,9 @@ class LatentData:
     def encode_samples(self, samples: list[dict]) -> tuple[Tensor, Tensor]:
         """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of decoded samples."""
         import numpy as np
-        from PIL import Image, ImageOps
 
         images, n = [sample["image"] for sample in samples], self.size
-        fitted = self.threads.map(lambda image: np.asarray(ImageOps.fit(image, (n, n), Image.LANCZOS)), images)  # the central square
+        fitted = self.threads.map(lambda image: np.asarray(fit_square(image, n)), images)
         original = torch.tensor([[image.height, image.width] for image in images])  # [B, 2]
         corners = ((original * n / original.amin(dim=1, keepdim=True)).round() - n) // 2  # of the crop, in the image as it is scaled
         sizes = torch.cat([original, corners.long(), torch.full_like(original, n)], dim=1)

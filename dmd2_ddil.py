@@ -42,14 +42,13 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, activation_memory, any_timesteps, betas_of, check_engine, check_images, check_memory,
-    check_output_dir, check_shared_flags, consistency_function, consistency_rollout, count_of, create_output_dir,
-    eps_from_v, fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape,
-    learning_rate, load_images, load_optimizer, load_pipeline, load_schedule, load_state, memory_report,
-    moved_fraction, noise_of, open_data, part_of, priors_of, rank_state, reflect, reflect_warning, refuse_changes,
-    resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of, start_accelerator,
-    student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network, with_guidance,
-    x_from_v,
+    accumulation_of, activation_memory, any_timesteps, betas_of, check_engine, check_memory, check_output_dir,
+    check_shared_flags, consistency_function, consistency_rollout, count_of, create_output_dir, eps_from_v,
+    fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate,
+    load_images, load_optimizer, load_pipeline, load_schedule, load_state, memory_report, moved_fraction, noise_of,
+    open_data, part_of, priors_of, rank_state, reflect, reflect_warning, refuse_changes, report_on_data, resolve,
+    restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of, start_accelerator, student_rollout,
+    support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network, with_guidance, x_from_v,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -115,7 +114,7 @@ def parse_args(argv=None):
     run.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
     run.add_argument("--overwrite", action="store_true", help="delete the run in output_dir first")
     run.add_argument("--dry_run", action="store_true", help="print the resolved recipe, batch arithmetic and memory, then stop")
-    run.add_argument("--check_data", action="store_true", help="print how many samples are usable and why others are not, then stop")
+    run.add_argument("--check_data", action="store_true", help="print how many samples are usable and why others are not, draw some to OUTPUT_DIR-data.png, then stop")
     run.add_argument("--max_updates", type=int, help="end after so many updates (for tests)")
     run.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="trade time for memory")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for all UNets: minutes at the start, faster updates")
@@ -731,10 +730,11 @@ def setup(args, accelerator: Accelerator) -> Run | None:
                          f"{args.p_forward} need; give images, or 0 for both")  # fmt: skip
     if args.reflect == "measured" and not has_images:
         raise SystemExit(f"--reflect measured: --data {args.data} has no images to measure; give a radius, or none")
+    if args.dry_run:
+        accelerator.print(describe(args, pipes, count_of(dataset), accelerator))
+    if args.check_data:
+        accelerator.print(report_on_data(args, pipes["teacher"], dataset, accelerator))
     if args.dry_run or args.check_data:
-        report = describe(args, pipes, count_of(dataset), accelerator) if args.dry_run else ""
-        counts = check_images(dataset) if args.check_data else {}
-        accelerator.print("\n".join([report] * bool(report) + [f"{reason:24} {n}" for reason, n in counts.items()]))
         return None
 
     check_memory(memory_of(args, pipes, accelerator))

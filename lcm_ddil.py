@@ -39,14 +39,13 @@ from tqdm import tqdm
 
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
-    accumulation_of, activation_memory, betas_of, check_engine, check_images, check_memory, check_output_dir,
-    check_shared_flags, consistency_function, consistency_rollout, count_of, create_output_dir, ddim_step,
-    drop_prompts, fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape,
-    learning_rate, load_images, load_optimizer, load_pipeline, load_schedule, load_state, memory_report, noise_of,
-    noting, open_data, part_of, priors_of, rank_state, reflect_warning, refuse_changes, replace_folder, resolve,
-    restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, select, shards_of, start_accelerator,
-    student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network, with_guidance,
-    with_w_embedding,
+    accumulation_of, activation_memory, betas_of, check_engine, check_memory, check_output_dir, check_shared_flags,
+    consistency_function, consistency_rollout, count_of, create_output_dir, ddim_step, drop_prompts, fingerprint,
+    forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate, load_images,
+    load_optimizer, load_pipeline, load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of,
+    priors_of, rank_state, reflect_warning, refuse_changes, replace_folder, report_on_data, resolve, restore_rank,
+    save_checkpoint, save_grid, save_pipeline, seed_of, select, shards_of, start_accelerator, student_rollout,
+    support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -110,7 +109,7 @@ def parse_args(argv=None):
     run.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
     run.add_argument("--overwrite", action="store_true", help="delete the run in output_dir first")
     run.add_argument("--dry_run", action="store_true", help="print the resolved recipe, batch arithmetic and memory, then stop")
-    run.add_argument("--check_data", action="store_true", help="print how many samples are usable and why others are not, then stop")
+    run.add_argument("--check_data", action="store_true", help="print how many samples are usable and why others are not, draw some to OUTPUT_DIR-data.png, then stop")
     run.add_argument("--max_updates", type=int, help="end after so many updates (for tests)")
     run.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="trade time for memory")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for all UNets: minutes at the start, faster updates")
@@ -566,10 +565,11 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     dataset, held_out = load_images(
         args.data, streaming=args.streaming, image_column=args.image_column, caption_column=args.caption_column
     )
+    if args.dry_run:
+        accelerator.print(describe(args, pipe, count_of(dataset), accelerator))
+    if args.check_data:
+        accelerator.print(report_on_data(args, pipe, dataset, accelerator))
     if args.dry_run or args.check_data:
-        report = describe(args, pipe, count_of(dataset), accelerator) if args.dry_run else ""
-        counts = check_images(dataset) if args.check_data else {}
-        accelerator.print("\n".join([report] * bool(report) + [f"{reason:24} {n}" for reason, n in counts.items()]))
         return None
 
     check_memory(memory_of(args, pipe, accelerator))

@@ -793,8 +793,9 @@ def test_unusable_images_are_counted(data_folder, tmp_path):
     images, captions = [good, good, good, b"no image", None], ["a", " ", None, "b", "c"]
     images = [i if i is None else {"bytes": i, "path": None} for i in images]
     table = datasets.Dataset.from_dict({"image": images, "caption": captions}, features=features)
-    counts = check_images(table)
+    counts = check_images(table, 16, tmp_path / "data.png")
     assert counts["usable"] == 1 and counts["no caption"] == 2 and sum(counts.values()) == 5
+    assert Image.open(tmp_path / "data.png").height == 64 + 2  # one example, enlarged
 
 
 def test_ranks_share_no_sample(teacher_folder, data_folder):
