@@ -1209,7 +1209,7 @@ def save_checkpoint(accelerator, folder: Path, update: int, progress: dict, rank
         temporary.rename(final)
         for old in folder.iterdir():
             if old != final:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # on network drives, a file that is still mapped stays
     accelerator.wait_for_everyone()
 
 
