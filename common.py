@@ -662,7 +662,7 @@ def report_on_data(args, pipe, dataset, accelerator) -> str:
     """What --check_data prints, on the first process."""
     if not accelerator.is_main_process:
         return ""
-    sheet = Path(f"{args.output_dir}-data.png")
+    sheet = Path(f"{Path(args.output_dir)}-data.png")
     counts = check_images(dataset, latent_shape(pipe)[1] * pipe.vae_scale_factor, sheet)
     lines = [f"{reason:24} {n}" for reason, n in counts.items()]
     return "\n".join(lines + [f"{'examples':24} {sheet}"] * ("image" in dataset.column_names and counts["usable"] > 0))
@@ -993,6 +993,9 @@ def activation_memory(pipe, unet, batch_size: int, accelerator, checkpointing: b
             fake.enable_gradient_checkpointing()
         for p in fake.parameters():  # gradients are counted elsewhere
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for module in fake.modules():  # CUDA's autocast has normalisation in fp32, the CPU's has not
+            if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                module.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
         z_t, t = torch.zeros(batch_size, *latent_shape(pipe)), torch.zeros(batch_size, dtype=torch.long)
         cond = {name: torch.zeros(batch_size, *value.shape[1:]) for name, value in one.items()}
         model = UNetModel(fake, None, "", lambda: torch.autocast("cpu", dtype, enabled=dtype != torch.float32))
@@ -1015,7 +1018,8 @@ def memory_report(gib: float, what: str, device: torch.device, activations: floa
 def check_memory(report: str) -> None:
     """SystemExit where not even the networks fit."""
     if report.endswith("does NOT fit"):
-        raise SystemExit(f"this run needs {report}; more processes don't help, a lower precision (accelerate launch --mixed_precision) may")
+        raise SystemExit(f"this run needs {report}; a lower precision (accelerate launch --mixed_precision) may help, or "
+                         "--use_fsdp --fsdp_version 2 on several GPUs, which shards what is trained")  # fmt: skip
 
 
 ACTIONS = ("resume", "overwrite", "dry_run", "check_data")  # flags that are no setting of a run
@@ -1218,11 +1222,28 @@ def load_state(file: Path):
     return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
 
 
-def load_optimizer(network, optimizer, file: Path) -> None:
-    """What save_checkpoint wrote of an optimiser; both are as the engine prepared them."""
+def prepare_adamw(accelerator, network, state: Path | None = None):
+    """(network, AdamW on what it trains) under the engine; `state`: the optimiser's file of a checkpoint. The learning rate
+    is set at each update."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-    set_optimizer_state_dict(network, optimizer.optimizer, load_state(file), options=StateDictOptions(**WHOLE))
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, fused=accelerator.device.type == "cuda" or None)
+    network, optimizer = accelerator.prepare(network, optimizer)
+    if accelerator.is_fsdp2:  # accelerate tells parameters by their addresses, which empty shards have in common
+        optimizer.param_groups[0]["params"] = [p for p in network.parameters() if p.requires_grad]
+    if state:
+        set_optimizer_state_dict(network, optimizer.optimizer, load_state(state), options=StateDictOptions(**WHOLE))
+    return network, optimizer
+
+
+def clip_gradient(accelerator, network, max_norm: float) -> Tensor:
+    """The norm of the network's gradient before it is clipped; with shards, all ranks must ask."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    if not accelerator.is_fsdp2:
+        return accelerator.clip_grad_norm_(parameters, max_norm)
+    accelerator.unscale_gradients()  # accelerate's own would compare the parameters of two networks by value
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
 def whole(value: Tensor) -> Tensor:
@@ -1238,8 +1259,8 @@ def whole_network(accelerator, trained, kind: type):
     if not accelerator.is_fsdp2:
         return network
     state = get_model_state_dict(trained, options=StateDictOptions(**WHOLE))
-    network = kind.from_config(network.config)
     if accelerator.is_main_process:
+        network = kind.from_config(network.config)
         network.load_state_dict(state)
     return network
 

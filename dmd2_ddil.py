@@ -43,12 +43,13 @@ from tqdm import tqdm
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
     accumulation_of, activation_memory, any_timesteps, betas_of, check_engine, check_memory, check_output_dir,
-    check_shared_flags, consistency_function, consistency_rollout, count_of, create_output_dir, eps_from_v,
-    fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate,
-    load_images, load_optimizer, load_pipeline, load_schedule, load_state, memory_report, moved_fraction, noise_of,
-    open_data, part_of, priors_of, rank_state, reflect, reflect_warning, refuse_changes, report_on_data, resolve,
-    restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of, start_accelerator, student_rollout,
-    support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network, with_guidance, x_from_v,
+    check_shared_flags, clip_gradient, consistency_function, consistency_rollout, count_of, create_output_dir,
+    eps_from_v, fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape,
+    learning_rate, load_images, load_pipeline, load_schedule, load_state, memory_report, moved_fraction, noise_of,
+    open_data, part_of, prepare_adamw, priors_of, rank_state, reflect, reflect_warning, refuse_changes,
+    report_on_data, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of,
+    start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network,
+    with_guidance, x_from_v,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -499,7 +500,7 @@ def backward(run: Run, losses: Tensor, who: str) -> None:
 
 def finish_update(run: Run, trained: Trained, who: str) -> None:
     """Clip the gradient, step, and leave none."""
-    norm = whole(run.accelerator.clip_grad_norm_(trained.network.parameters(), GRAD_CLIP))
+    norm = clip_gradient(run.accelerator, trained.network, GRAD_CLIP)
     if run.accelerator.scaler is None and not torch.isfinite(norm):  # fp16's scaler skips such updates
         raise FloatingPointError(f"the norm of the {who}'s gradient is {norm.item()}")
     run.metrics.add(f"grad_norm_{who}", norm)
@@ -650,14 +651,14 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
     """Teacher, student and critic, the latter two under the engine; from a checkpoint if there is one."""
     args, accelerator, device, pipes = run.args, run.accelerator, run.accelerator.device, run.pipes
     prediction_type = {name: pipe.scheduler.config.prediction_type for name, pipe in pipes.items()}
-    student_unet, fake_unet = (copy.deepcopy(pipes[name].unet).to(device) for name in ("student", "fake"))
+    student_unet, fake_unet = (copy.deepcopy(pipes[name].unet) for name in ("student", "fake"))
     for unet in (student_unet, fake_unet):
         unet.requires_grad_(True).train()
         if args.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(args.seed, "head"))  # alike on all ranks
-        critic_module = Critic(fake_unet, make_head(fake_unet).to(device) if args.gan_weight else None)
+        critic_module = Critic(fake_unet, make_head(fake_unet) if args.gan_weight else None)
     half = frozen_dtype(accelerator)
 
     def model(unet, name: str) -> UNetModel:
@@ -672,12 +673,10 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
     real = network if network.config.time_cond_proj_dim is not None else with_guidance(network, run.null)
     trained = {}
     for name, module in (("student", student_unet), ("critic", critic_module)):
-        optimizer = torch.optim.AdamW(module.parameters(), fused=device.type == "cuda" or None)  # its learning rate is set at each update
         if checkpoint:
             module.load_state_dict(load_state(checkpoint / f"{name}.pt"))
-        trained[name] = Trained(*accelerator.prepare(module, optimizer))
-        if checkpoint:
-            load_optimizer(*trained[name], checkpoint / f"{name}_optimizer.pt")
+        # on the device one by one: where they are sharded, it may not hold both as a whole
+        trained[name] = Trained(*prepare_adamw(accelerator, module.to(device), checkpoint and checkpoint / f"{name}_optimizer.pt"))
 
     student, fake = model(trained["student"].network, "student"), model(trained["critic"].network, "fake")
     rolling = model(accelerator.unwrap_model(trained["student"].network), "student")
@@ -730,8 +729,8 @@ def setup(args, accelerator: Accelerator) -> Run | None:
                          f"{args.p_forward} need; give images, or 0 for both")  # fmt: skip
     if args.reflect == "measured" and not has_images:
         raise SystemExit(f"--reflect measured: --data {args.data} has no images to measure; give a radius, or none")
-    if args.dry_run:
-        accelerator.print(describe(args, pipes, count_of(dataset), accelerator))
+    if args.dry_run and accelerator.is_main_process:
+        print(describe(args, pipes, count_of(dataset), accelerator))
     if args.check_data:
         accelerator.print(report_on_data(args, pipes["teacher"], dataset, accelerator))
     if args.dry_run or args.check_data:

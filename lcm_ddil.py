@@ -40,12 +40,13 @@ from tqdm import tqdm
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
     accumulation_of, activation_memory, betas_of, check_engine, check_memory, check_output_dir, check_shared_flags,
-    consistency_function, consistency_rollout, count_of, create_output_dir, ddim_step, drop_prompts, fingerprint,
-    forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate, load_images,
-    load_optimizer, load_pipeline, load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of,
-    priors_of, rank_state, reflect_warning, refuse_changes, replace_folder, report_on_data, resolve, restore_rank,
-    save_checkpoint, save_grid, save_pipeline, seed_of, select, shards_of, start_accelerator, student_rollout,
-    support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network, with_guidance, with_w_embedding,
+    clip_gradient, consistency_function, consistency_rollout, count_of, create_output_dir, ddim_step, drop_prompts,
+    fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate,
+    load_images, load_pipeline, load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of,
+    prepare_adamw, priors_of, rank_state, reflect_warning, refuse_changes, replace_folder, report_on_data, resolve,
+    restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, select, shards_of, start_accelerator,
+    student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network, with_guidance,
+    with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -397,8 +398,7 @@ def update_student(run: Run, source: str, nets: Networks, trained, optimizer) ->
                 raise FloatingPointError(f"the loss is {mean_loss.item()} on {source} states")
             run.accelerator.backward(loss)
             if run.accelerator.sync_gradients:
-                parameters = [p for p in trained.parameters() if p.requires_grad]
-                norm = whole(run.accelerator.clip_grad_norm_(parameters, GRAD_CLIP))
+                norm = clip_gradient(run.accelerator, trained, GRAD_CLIP)
                 if run.accelerator.scaler is None and not torch.isfinite(norm):  # fp16's scaler skips such updates
                     raise FloatingPointError(f"the gradient's norm is {norm.item()} on {source} states")
                 run.metrics.add("grad_norm", norm)
@@ -512,8 +512,6 @@ def prepare(run: Run, unet, prediction_type: str, checkpoint: Path | None):
     frozen = without_lora(network, frozen_unet) if args.lora_rank else network
     guided = frozen if has_w else with_guidance(frozen, run.null)
 
-    parameters = [p for p in student_unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, fused=device.type == "cuda" or None)  # its learning rate is set at each update
     ema = copy.deepcopy(student_unet).requires_grad_(False) if args.ema_decay else None
     if checkpoint:
         student_unet.load_state_dict(load_state(checkpoint / "student.pt"))
@@ -522,9 +520,7 @@ def prepare(run: Run, unet, prediction_type: str, checkpoint: Path | None):
     if args.compile:
         for module in {student_unet, frozen_unet, ema} - {None}:
             module.compile()
-    trained, optimizer = accelerator.prepare(student_unet, optimizer)
-    if checkpoint:
-        load_optimizer(trained, optimizer, checkpoint / "student_optimizer.pt")
+    trained, optimizer = prepare_adamw(accelerator, student_unet, checkpoint and checkpoint / "student_optimizer.pt")
     student = UNetModel(trained, run.schedule, prediction_type, accelerator.autocast)
     rolling = UNetModel(accelerator.unwrap_model(trained), run.schedule, prediction_type, accelerator.autocast)
     target = rolling if ema is None else UNetModel(ema, run.schedule, prediction_type, accelerator.autocast)
@@ -544,6 +540,8 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     check_engine(accelerator)
     if args.lora_rank and accelerator.is_fsdp2:
         raise SystemExit(f"--lora_rank {args.lora_rank}: has no use for shards, the frozen UNet is most of it; launch with --multi_gpu")
+    if not args.ema_decay and accelerator.is_fsdp2:  # a rank may have no sample to ask the target about, and would not gather its shards
+        raise SystemExit("--ema_decay 0: FSDP shards the student, which cannot be the target then; give a decay, or launch with --multi_gpu")
     facts = {"world_size": world_size, "mixed_precision": accelerator.mixed_precision}
     if args.resume:
         refuse_changes(facts, json.loads((Path(args.output_dir) / "config.json").read_text()))
@@ -565,8 +563,8 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     dataset, held_out = load_images(
         args.data, streaming=args.streaming, image_column=args.image_column, caption_column=args.caption_column
     )
-    if args.dry_run:
-        accelerator.print(describe(args, pipe, count_of(dataset), accelerator))
+    if args.dry_run and accelerator.is_main_process:
+        print(describe(args, pipe, count_of(dataset), accelerator))
     if args.check_data:
         accelerator.print(report_on_data(args, pipe, dataset, accelerator))
     if args.dry_run or args.check_data:

@@ -40,10 +40,10 @@ from tqdm import tqdm
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
     TrajectoryBuffer, UNetModel, accumulation_of, activation_memory, any_timesteps, check_engine, check_memory,
-    check_output_dir, check_shared_flags, count_of, create_output_dir, ddim_step, dpm_solver, drop_prompts,
-    fingerprint, forward_states, frozen_dtype, frozen_parameters, in_order, last_checkpoint, latent_shape,
-    learning_rate, load_images, load_optimizer, load_pipeline, load_schedule, load_state, memory_report,
-    mixed_rollout, noise_of, noting, open_data, rank_state, reflect_v, reflect_warning, refuse_changes,
+    check_output_dir, check_shared_flags, clip_gradient, count_of, create_output_dir, ddim_step, dpm_solver,
+    drop_prompts, fingerprint, forward_states, frozen_dtype, frozen_parameters, in_order, last_checkpoint,
+    latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, memory_report, mixed_rollout,
+    noise_of, noting, open_data, prepare_adamw, rank_state, reflect_v, reflect_warning, refuse_changes,
     report_on_data, resolve, restore_rank, rotation, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of,
     start_accelerator, student_rollout, support_of, timestep_grid, whole, whole_network, with_guidance,
     with_w_embedding,
@@ -452,7 +452,7 @@ def update_student(run: Run, phase: Phase, part: int, source: str, nets: Network
                 raise FloatingPointError(f"the loss is {mean_loss.item()} on {source} states")
             run.accelerator.backward(loss)
             if run.accelerator.sync_gradients:
-                norm = whole(run.accelerator.clip_grad_norm_(trained.parameters(), GRAD_CLIP))
+                norm = clip_gradient(run.accelerator, trained, GRAD_CLIP)
                 if run.accelerator.scaler is None and not torch.isfinite(norm):  # fp16's scaler skips such updates
                     raise FloatingPointError(f"the gradient's norm is {norm.item()} on {source} states")
                 run.metrics.add("grad_norm", norm)
@@ -563,12 +563,10 @@ def prepare_part(
     """(nets, trained, optimizer): the student under the engine, with the part's own optimiser [D7]."""
     accelerator = run.accelerator
     accelerator.free_memory()  # the engine, too, holds on to what it prepared for the part before
-    optimizer = torch.optim.AdamW(student_unet.parameters(), fused=accelerator.device.type == "cuda" or None)  # its learning rate is set at each update
     if checkpoint and (run.progress["part"] or run.progress["update"]):
         student_unet.load_state_dict(load_state(checkpoint / "student.pt"))
-    trained, optimizer = accelerator.prepare(student_unet, optimizer)
-    if checkpoint and run.progress["update"]:
-        load_optimizer(trained, optimizer, checkpoint / "student_optimizer.pt")
+    state = checkpoint / "student_optimizer.pt" if checkpoint and run.progress["update"] else None
+    trained, optimizer = prepare_adamw(accelerator, student_unet, state)
     student = UNetModel(trained, run.schedule, "v_prediction", accelerator.autocast)
     rolling = UNetModel(accelerator.unwrap_model(trained), run.schedule, "v_prediction", accelerator.autocast)
     tau = [*timestep_grid(2 * int(phase.name)), CLEAN] if phase.name.isdigit() else []
@@ -633,8 +631,8 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
         args.data, streaming=args.streaming, image_column=args.image_column, caption_column=args.caption_column
     )
     phases = plan_phases(args, prediction_type, has_w)
-    if args.dry_run:
-        accelerator.print(describe(args, phases, pipe, count_of(dataset), accelerator))
+    if args.dry_run and accelerator.is_main_process:
+        print(describe(args, phases, pipe, count_of(dataset), accelerator))
     if args.check_data:
         accelerator.print(report_on_data(args, pipe, dataset, accelerator))
     if args.dry_run or args.check_data:
