@@ -208,9 +208,9 @@ def test_hub_names(streaming, tmp_path, teacher_folder, data_folder, monkeypatch
 
 
 @pytest.mark.parametrize("script, architecture, resumed_by", [
-    slow_unless(True, "pd_ddil", "tiny", "sharded"), slow_unless(True, "lcm_ddil", "sd15", "ddp"), slow_unless(True, "dmd2_ddil", "tiny", "sharded"),
+    slow_unless(True, "pd_ddil", "tiny", "sharded"), slow_unless(True, "lcm_ddil", "tiny", "ddp"), slow_unless(True, "dmd2_ddil", "tiny", "sharded"),
     slow_unless(False, "pd_ddil", "ssd1b", "ddp"), slow_unless(False, "lcm_ddil", "ssd1b", "sharded"), slow_unless(False, "dmd2_ddil", "sd15", "ddp"),
-    slow_unless(False, "dmd2_ddil", "ssd1b", "sharded"),
+    slow_unless(False, "dmd2_ddil", "ssd1b", "sharded"), slow_unless(False, "lcm_ddil", "sd15", "ddp"),
 ])  # fmt: skip
 def test_sharded(script, architecture, resumed_by, tmp_path, data_folder, monkeypatch):
     """FSDP2, accumulating: a checkpoint goes on under either engine, and both train the same."""
