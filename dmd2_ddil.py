@@ -48,7 +48,7 @@ from common import (
     learning_rate, load_images, load_pipeline, load_schedule, load_state, memory_report, moved_fraction, noise_of,
     open_data, part_of, prepare_adamw, priors_of, rank_state, reflect, reflect_warning, refuse_changes,
     report_on_data, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of,
-    start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network,
+    start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, whole_network,
     with_guidance, x_from_v,
 )  # fmt: skip
 
@@ -368,8 +368,10 @@ def describe(args, pipes: dict, n_samples: int | str, accelerator) -> str:
     has_w = pipes["teacher"].unet.config.time_cond_proj_dim is not None
     frozen, world_size = frozen_dtype(accelerator).itemsize, accelerator.num_processes
     accumulation = args.global_batch_size // (args.batch_size * world_size)
-    of_student, of_fake = (activation_memory(pipes["teacher"], pipes[name].unet, args.batch_size, accelerator, args.gradient_checkpointing)
-                           for name in ("student", "fake"))  # fmt: skip
+    settings = args.batch_size, accelerator, args.gradient_checkpointing
+    of_student = of_fake = activation_memory(pipes["teacher"], pipes["student"].unet, *settings)
+    if pipes["fake"] is not pipes["student"]:
+        of_fake = activation_memory(pipes["teacher"], pipes["fake"].unet, *settings)
     encoder = ENCODER * (args.gan_weight > 0)  # of the GAN, beside the student's graph, and of twice as many samples beside the fake score's
     activations = max(of_student + encoder * of_fake, of_fake + 2 * encoder * of_fake)
     rows = {name: value for name, value in sorted(vars(args).items())} | {

@@ -46,8 +46,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import (
-    CLEAN, LatentData, PromptEncoder, UNetModel, add_noise, dpm_solver, find_pipeline, fingerprint, in_order, latent_shape,
-    frozen_dtype, load_images, load_pipeline, load_schedule, mixed_rollout, noise_generator, noise_of, open_pipeline, priors_of, rotation,
+    CLEAN, LatentData, PromptEncoder, UNetModel, add_noise, dpm_solver, find_pipeline, fingerprint, frozen_dtype, in_order,
+    latent_shape, load_images, load_pipeline, load_schedule, mixed_rollout, noise_generator, noise_of, open_pipeline, priors_of, rotation,
     save_sheet, seed_of, start_accelerator, student_rollout, teacher_rollout, timestep_grid, with_guidance,
 )  # fmt: skip
 

@@ -45,7 +45,7 @@ from common import (
     latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, memory_report, mixed_rollout,
     noise_of, noting, open_data, prepare_adamw, rank_state, reflect_v, reflect_warning, refuse_changes,
     report_on_data, resolve, restore_rank, rotation, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of,
-    start_accelerator, student_rollout, support_of, timestep_grid, whole, whole_network, with_guidance,
+    start_accelerator, student_rollout, support_of, timestep_grid, whole_network, with_guidance,
     with_w_embedding,
 )  # fmt: skip
 
@@ -291,9 +291,10 @@ def expected_forwards(args, phases: list[Phase]) -> float:
     total = 0.0
     for phase in phases:
         for part, updates in enumerate(phase.updates):
-            student, teacher, n = 3.0, {"v": 0.0}.get(phase.name, 2.0), phase.name.isdigit() and int(phase.name)
+            student, teacher = 3, 0 if phase.name == "v" else 2  # its guidance, or its two steps
             p, rate, unstored = phase.p_forward[part], phase.student_rate[part], int(not args.store_start)
             if p < 1:  # what a trajectory takes: the teacher is asked at each stored state, and moves the others alone
+                n = int(phase.name)
                 trajectory = unstored * (rate + 2 * (1 - rate)) + (n - 1 - unstored) * (2 + rate) + 2
                 teacher = p * teacher + (1 - p) * trajectory / (n - unstored) / args.reuse
             total += updates * args.global_batch_size * (student + teacher)

@@ -20,12 +20,10 @@
 """
 
 import csv
-import io
 import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from contextlib import nullcontext
@@ -249,15 +247,13 @@ def few_tars(folder: Path, n: int = 512) -> Path:
     """Images and captions as tars in webdataset's layout, which both read."""
     from datasets import load_dataset
 
+    with patch.dict(os.environ):  # the tests have a cache of their own
+        from conftest import save_tar
+
     folder.mkdir()
+    data = load_dataset(str(ROOT / "assets/tiny/data"))
     for split, count in (("train", n), ("test", 16)):
-        with tarfile.open(folder / f"{split}.tar", "w") as tar:
-            for i, row in enumerate(load_dataset(str(ROOT / "assets/tiny/data"))[split].select(range(count))):
-                for suffix, save in (("png", lambda f: row["image"].save(f, "PNG")), ("txt", lambda f: f.write(row["caption"].encode()))):
-                    save(file := io.BytesIO())
-                    entry = tarfile.TarInfo(f"{i:05d}.{suffix}")
-                    entry.size = file.tell()
-                    tar.addfile(entry, io.BytesIO(file.getvalue()))
+        save_tar(folder / f"{split}.tar", data[split].select(range(count)))
     return folder
 
 
@@ -476,7 +472,7 @@ def forward_flops(folder: Path) -> int:
     return counter.get_total_flops()
 
 
-def run_full(script: str, flags: list, folder: Path, updates: int) -> tuple[float, float, float]:
+def run_full(script: str, flags: list, folder: Path, updates: int) -> tuple[float, float, float] | None:
     """(seconds, UNet forwards) of an update, over the second half of the run, and peak GiB; None where memory is too small."""
     code = f"import {script}, torch, resource, sys; {script}.main(sys.argv[1:]); "
     code += "print(torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_tar
 from datasets import load_dataset
 from diffusers import (
     DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline,
@@ -824,8 +824,6 @@ def test_data_goes_on_at_batch_k(teacher_folder, data_folder):
 
 def save_as(kind: str, folder, data_folder):
     """The training images of data_folder, in three shards where the kind has shards."""
-    import tarfile
-
     from datasets import load_dataset
 
     if kind == "imagefolder":
@@ -838,14 +836,7 @@ def save_as(kind: str, folder, data_folder):
         load_dataset(str(data_folder))["test"].to_parquet(str(folder / "test.parquet"))
         return folder
     for i in range(3):
-        with tarfile.open(folder / f"train-{i:03d}.tar", "w") as tar:
-            for j, row in enumerate(rows.shard(3, i)):
-                png = io.BytesIO()
-                row["image"].save(png, "PNG")
-                for suffix, content in (("png", png.getvalue()), ("txt", row["caption"].encode())):
-                    member = tarfile.TarInfo(f"{i}{j:03d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        save_tar(folder / f"train-{i:03d}.tar", rows.shard(3, i))
     return folder
 
 
