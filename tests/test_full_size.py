@@ -236,8 +236,12 @@ def test_sharded(script, architecture, resumed_by, tmp_path, data_folder, monkey
     assert not (tmp_path / "run" / "pipeline").exists()
     launch("--resume", "--output_dir", tmp_path / "run", engine=resumed_by)
     whole, resumed = (weights_of(tmp_path / run / "pipeline") for run in ("whole", "run"))
-    for name in whole:
-        torch.testing.assert_close(whole[name], resumed[name], rtol=0, atol=0 if resumed_by == "sharded" else 1e-4)
+    if resumed_by == "sharded":
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    else:  # sums in another order: Adam's step is another one where a gradient is next to nothing
+        before = weights_of(teacher)
+        apart, trained = (sum(((whole[name] - other[name]) ** 2).sum() for name in before) ** 0.5 for other in (resumed, before))
+        assert apart < 1e-2 * trained
 
 
 def test_optimiser_of_a_sharded_network_with_empty_shards():
