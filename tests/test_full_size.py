@@ -81,6 +81,11 @@ def trains_resumes_and_evaluates(script, unet, xl, prediction_type, tmp_path, da
     assert len(values) == 2 and all(-1 <= value <= 1 for value in values)
 
 
+def distance(a: dict, b: dict) -> float:
+    """Between two UNets, over the weights of the second."""
+    return float(sum(((a[name] - b[name]) ** 2).sum() for name in b) ** 0.5)
+
+
 def slow_unless(fast, *case):
     return pytest.param(*case, marks=() if fast else pytest.mark.slow)
 
@@ -106,6 +111,29 @@ def test_compiled_networks_train_the_same(script, tmp_path, teacher_folder, data
     plain, same = (weights_of(tmp_path / run / "pipeline") for run in ("plain", "compiled"))
     assert all(torch.equal(plain[name], same[name]) for name in plain)
     assert len(compiled) >= {"pd_ddil": 6, "lcm_ddil": 3, "dmd2_ddil": 3}[script]
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_device_that_is_not_the_cpu(script, tmp_path, xl_folder, data_folder):
+    """Nothing is left on the CPU that a GPU would miss, and the same is trained there."""
+    for run in "cpu", "strict":
+        args = [*flags(script, xl_folder, data_folder, tmp_path / run), "--gradient_checkpointing"]
+        if run == "cpu":
+            run_here(*args, script=f"{script}.py")
+            continue
+        process = run_script(f"{script}.py", *args, script="tests/strict_device.py")
+        assert process.returncode == 0, process.stderr
+    here, there, before = (weights_of(folder) for folder in (tmp_path / "cpu" / "pipeline", tmp_path / "strict" / "pipeline", xl_folder))
+    assert distance(here, there) < 1e-2 * distance(here, before)
+
+
+def test_evaluation_on_a_device_that_is_not_the_cpu(tmp_path, gc_folder, data_folder):
+    run_here(*flags("pd_ddil", gc_folder, data_folder, tmp_path / "run"))
+    (tmp_path / "prompts.json").write_text(json.dumps(["a", "b"]))
+    process = run_script("evaluate.py", tmp_path / "run", "--metrics", "clip", "--prompts", tmp_path / "prompts.json", "--num_images", 2, "--shift",
+                         "--data", data_folder, "--output_dir", tmp_path / "evaluation", script="tests/strict_device.py")  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "evaluation" / "shift.png").exists()
 
 
 @pytest.mark.parametrize("script", FLAGS)
@@ -239,9 +267,7 @@ def test_sharded(script, architecture, resumed_by, tmp_path, data_folder, monkey
     if resumed_by == "sharded":
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     else:  # sums in another order: Adam's step is another one where a gradient is next to nothing
-        before = weights_of(teacher)
-        apart, trained = (sum(((whole[name] - other[name]) ** 2).sum() for name in before) ** 0.5 for other in (resumed, before))
-        assert apart < 1e-2 * trained
+        assert distance(whole, resumed) < 1e-2 * distance(whole, weights_of(teacher))
 
 
 def test_optimiser_of_a_sharded_network_with_empty_shards():

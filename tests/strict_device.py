@@ -1,0 +1,197 @@
+"""A script on a device other than the CPU, on a machine that has none: `python tests/strict_device.py pd_ddil.py FLAGS`.
+
+The device "strict" keeps its tensors in the CPU's memory, and refuses what a GPU refuses: operands or a generator from another
+device, NumPy, and collectives of tensors that are on the CPU. It is built on PyTorch's interface for backends in Python.
+"""
+
+import importlib
+import sys
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+import accelerate
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+class Backend(_DummyBackendModule):
+    """torch.strict, as far as libraries ask for it."""
+
+    device = nullcontext
+
+    def synchronize(self, device=None): ...
+
+    def empty_cache(self): ...
+
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16]
+
+    def get_rng_state(self, device=None):
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state, device=None): ...
+
+
+_setup_privateuseone_for_python_backend("strict", backend_module=Backend())
+STRICT, CPU, aten = torch.device("strict:0"), torch.device("cpu"), torch.ops.aten
+CPUGenerator = torch.Generator
+COPIES = (aten._to_copy.default, aten.copy_.default)
+INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)  # by CPU indices, too
+
+
+def is_strict(device) -> bool:
+    return device is not None and torch.device(device).type == "strict"
+
+
+class Generator(CPUGenerator):
+    def __new__(cls, device="cpu"):
+        generator = super().__new__(cls, "cpu")
+        generator.place = STRICT if is_strict(device) else CPU
+        return generator
+
+    @property
+    def device(self):
+        return self.place
+
+
+class StrictTensor(torch.Tensor):
+    @staticmethod
+    def __new__(cls, raw: torch.Tensor):
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=STRICT
+        )
+        tensor.raw = raw
+        return tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return run(function, args, kwargs or {})
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError("a tensor on strict:0 has no NumPy array; copy it to the CPU first")
+
+    __array__ = numpy
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def storage(self):
+        return self.raw.storage()
+
+    def untyped_storage(self):
+        return self.raw.untyped_storage()
+
+    def data_ptr(self):
+        return self.raw.data_ptr()
+
+    def __reduce_ex__(self, protocol):  # in files that are loaded to the CPU
+        return self.raw.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            copy = self.detach().clone()
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if is_parameter else copy.requires_grad_(self.requires_grad)
+        return memo[id(self)]
+
+
+def run(function, args, kwargs):
+    """An operation on the device, after a check of where its operands are."""
+    operands = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+    here = [a for a in operands if isinstance(a, StrictTensor)]
+    if here and function not in COPIES:
+        indices = tree_leaves(args[1]) if function in INDEXING and isinstance(args[0], StrictTensor) else []
+        elsewhere = [a for a in operands if a.dim() and not isinstance(a, StrictTensor) and not any(a is i for i in indices)]
+        if elsewhere:
+            raise RuntimeError(f"{function} of tensors on strict:0 and on the CPU: {[(str(a.device), tuple(a.shape)) for a in operands]}")
+    if function is aten._fused_sdp_choice.default:
+        return 0  # attention by plain operations
+    stays = is_strict(kwargs["device"]) if kwargs.get("device") is not None else bool(here)
+    if function is aten.copy_.default:
+        stays = isinstance(args[0], StrictTensor)
+    raw = {id(a.raw): a for a in here}  # what an operation in place gives back
+
+    def bare(value):
+        return value.raw if isinstance(value, StrictTensor) else CPU if isinstance(value, torch.device) and is_strict(value) else value
+
+    def dressed(value):
+        return raw.get(id(value)) if id(value) in raw else StrictTensor(value) if isinstance(value, torch.Tensor) and stays else value
+
+    if function is aten.copy_.default:
+        bare(args[0]).copy_(bare(args[1]))
+        return args[0]
+    return tree_map(dressed, function(*tree_map(bare, args), **tree_map(bare, kwargs)))
+
+
+class Factories(TorchDispatchMode):
+    """Tensors that are made on the device, from none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        strict = any(isinstance(a, StrictTensor) or isinstance(a, torch.device) and is_strict(a) for a in leaves)
+        return run(function, args, kwargs) if strict else function(*args, **kwargs)
+
+
+class Generators(TorchFunctionMode):
+    """A generator is of its tensor's device. Below here, its own class is lost."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function in (torch.tensor, torch.as_tensor) and is_strict(kwargs.get("device")):
+            device = kwargs.pop("device")
+            return function(*args, **kwargs).to(device)
+        generator, device = kwargs.get("generator"), kwargs.get("device")
+        if generator is not None:
+            on_strict = is_strict(device) if device is not None else any(isinstance(a, StrictTensor) for a in tree_leaves((args, kwargs)))
+            if is_strict(generator.device) != on_strict:
+                raise RuntimeError(f"{function}: the generator is on {generator.device}, the tensor is not")
+        return function(*args, **kwargs)
+
+
+class Accelerator(accelerate.Accelerator):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        for state in PartialState, AcceleratorState:
+            state._shared_state["device"] = STRICT
+
+    def on_device(self, value):
+        if not isinstance(value, StrictTensor):
+            raise RuntimeError(f"collective of a tensor on {value.device}, which is for a GPU's")
+        return value
+
+    def gather(self, value):
+        return super().gather(self.on_device(value))
+
+    def reduce(self, value, *args, **kwargs):
+        return super().reduce(self.on_device(value), *args, **kwargs)
+
+
+def check_refusals() -> None:
+    """This device is strict: SystemExit if it lets pass what a GPU does not."""
+    here, there = torch.ones(2, 2, device=STRICT), torch.ones(2, 2)
+    mistakes = {
+        "operands": lambda: here + there, "weights": lambda: torch.nn.Linear(2, 2)(here), "indices": lambda: there[here[0] > 0],
+        "generator": lambda: torch.randn(2, device=STRICT, generator=torch.Generator()), "NumPy": here.numpy,
+        "CPU's collective": lambda: Accelerator().reduce(there),
+    }  # fmt: skip
+    for name, mistake in mistakes.items():
+        with suppress(RuntimeError, TypeError):
+            mistake()
+            raise SystemExit(f"{name} pass")
+
+
+if __name__ == "__main__":
+    script = importlib.import_module(sys.argv[1].removesuffix(".py"))
+    accelerate.Accelerator, torch.Generator = Accelerator, Generator
+    with Factories(), Generators():
+        check_refusals()
+        script.main(sys.argv[2:])
