@@ -41,8 +41,7 @@ class Backend(_DummyBackendModule):
 _setup_privateuseone_for_python_backend("strict", backend_module=Backend())
 STRICT, CPU, aten = torch.device("strict:0"), torch.device("cpu"), torch.ops.aten
 CPUGenerator = torch.Generator
-COPIES = (aten._to_copy.default, aten.copy_.default)
-INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)  # by CPU indices, too
+INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
 def is_strict(device) -> bool:
@@ -103,31 +102,31 @@ class StrictTensor(torch.Tensor):
         return memo[id(self)]
 
 
+def bare(value):
+    """As it lies in the CPU's memory."""
+    return value.raw if isinstance(value, StrictTensor) else CPU if isinstance(value, torch.device) and is_strict(value) else value
+
+
 def run(function, args, kwargs):
     """An operation on the device, after a check of where its operands are."""
-    operands = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-    here = [a for a in operands if isinstance(a, StrictTensor)]
-    if here and function not in COPIES:
-        indices = tree_leaves(args[1]) if function in INDEXING and isinstance(args[0], StrictTensor) else []
-        elsewhere = [a for a in operands if a.dim() and not isinstance(a, StrictTensor) and not any(a is i for i in indices)]
-        if elsewhere:
-            raise RuntimeError(f"{function} of tensors on strict:0 and on the CPU: {[(str(a.device), tuple(a.shape)) for a in operands]}")
-    if function is aten._fused_sdp_choice.default:
-        return 0  # attention by plain operations
-    stays = is_strict(kwargs["device"]) if kwargs.get("device") is not None else bool(here)
-    if function is aten.copy_.default:
-        stays = isinstance(args[0], StrictTensor)
-    raw = {id(a.raw): a for a in here}  # what an operation in place gives back
-
-    def bare(value):
-        return value.raw if isinstance(value, StrictTensor) else CPU if isinstance(value, torch.device) and is_strict(value) else value
-
-    def dressed(value):
-        return raw.get(id(value)) if id(value) in raw else StrictTensor(value) if isinstance(value, torch.Tensor) and stays else value
-
     if function is aten.copy_.default:
         bare(args[0]).copy_(bare(args[1]))
         return args[0]
+    if function is aten._fused_sdp_choice.default:
+        return 0  # attention by plain operations
+    operands = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+    here = {id(a.raw): a for a in operands if isinstance(a, StrictTensor)}
+    indices = tree_leaves(args[1]) if function in INDEXING and isinstance(args[0], StrictTensor) else []  # may be on the CPU
+    elsewhere = [a for a in operands if a.dim() and not isinstance(a, StrictTensor) and not any(a is i for i in indices)]
+    if here and elsewhere and function is not aten._to_copy.default:
+        raise RuntimeError(f"{function} of tensors on strict:0 and on the CPU: {[(str(a.device), tuple(a.shape)) for a in operands]}")
+    stays = is_strict(kwargs["device"]) if kwargs.get("device") else bool(here)
+
+    def dressed(value):
+        if not isinstance(value, torch.Tensor) or not stays:
+            return value
+        return here[id(value)] if id(value) in here else StrictTensor(value)  # an operation in place gives back its operand
+
     return tree_map(dressed, function(*tree_map(bare, args), **tree_map(bare, kwargs)))
 
 
@@ -181,7 +180,7 @@ def check_refusals() -> None:
     mistakes = {
         "operands": lambda: here + there, "weights": lambda: torch.nn.Linear(2, 2)(here), "indices": lambda: there[here[0] > 0],
         "generator": lambda: torch.randn(2, device=STRICT, generator=torch.Generator()), "NumPy": here.numpy,
-        "CPU's collective": lambda: Accelerator().reduce(there),
+        "CPU's collective": lambda: Accelerator.on_device(None, there),
     }  # fmt: skip
     for name, mistake in mistakes.items():
         with suppress(RuntimeError, TypeError):
