@@ -720,16 +720,23 @@ class LatentData:
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddil-latents" / f"{key:08x}"
         folder.mkdir(parents=True, exist_ok=True)
 
+        def file_of(rank: int) -> Path:
+            return folder / f"{rank}-of-{self.n_ranks}.arrow"
+
         def part(rank: int):
             return self.raw.shard(self.n_ranks, rank, contiguous=True).map(
                 encode, batched=True, batch_size=self.batch_size, remove_columns=self.raw.column_names, desc="caching latents",
-                cache_file_name=str(folder / f"{rank}-of-{self.n_ranks}.arrow"), new_fingerprint=f"{key:08x}-{rank}-of-{self.n_ranks}",
+                cache_file_name=str(file_of(rank)), new_fingerprint=f"{key:08x}-{rank}-of-{self.n_ranks}",
                 features=datasets.Features({"moments": datasets.List(datasets.Value("float32")), "ids": datasets.List(datasets.Value("int64"))}),
             )  # fmt: skip
 
         part(self.rank)
         if self.n_ranks > 1:
             torch.distributed.barrier()
+        missing = [rank for rank in range(min(self.n_ranks, len(self.raw))) if not seen(file_of(rank))]  # beyond, they have no rows
+        if missing:
+            raise SystemExit(f"--cache_latents: process {self.rank} does not see what process {missing[0]} has encoded in {folder}; let "
+                             "HF_DATASETS_CACHE be a folder that all nodes share, or take --no-cache_latents")  # fmt: skip
         cache = datasets.concatenate_datasets([part(rank) for rank in range(self.n_ranks)]).with_format("numpy")
         if len(cache) == 0:
             raise SystemExit(f"--data: none of {len(self.dataset)} samples can be used: {self.reasons()}")
@@ -1150,6 +1157,9 @@ def check_output_dir(args) -> None:
         raise SystemExit(f"--overwrite: {folder} is no run folder (it has no config.json) and is left alone")
 
 
+PATIENCE = 60  # seconds that a file of another node may take to appear
+
+
 def create_output_dir(args, script: str, facts: dict) -> None:
     """The run folder, with config.json and a copy of the code that made it."""
     folder = Path(args.output_dir)
@@ -1159,6 +1169,22 @@ def create_output_dir(args, script: str, facts: dict) -> None:
         shutil.copy(file, folder)
     settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
     (folder / "config.json").write_text(json.dumps(settings | facts, indent=1))
+
+
+def seen(path: Path) -> bool:
+    """Whether what another process has written is here, which takes some network drives a while."""
+    for _ in range(PATIENCE):
+        if path.exists():
+            break
+        time.sleep(1)
+    return path.exists()
+
+
+def wait_for_output_dir(accelerator, folder: Path) -> None:
+    """Until the first process has made the run folder. SystemExit on a node that has disks of its own."""
+    accelerator.wait_for_everyone()
+    if not seen(folder):
+        raise SystemExit(f"--output_dir {folder}: process {accelerator.process_index} does not see it; give a folder that all nodes share")
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -48,8 +48,8 @@ from common import (
     learning_rate, load_images, load_pipeline, load_schedule, load_state, memory_report, moved_fraction, noise_of,
     open_data, part_of, prepare_adamw, priors_of, rank_state, reflect, reflect_warning, refuse_changes,
     report_on_data, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of,
-    start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, whole_network,
-    with_guidance, x_from_v,
+    start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of,
+    wait_for_output_dir, whole_network, with_guidance, x_from_v,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -583,7 +583,7 @@ def train(run: Run, nets: Networks, prior: SamplingPrior, student: Trained, crit
             bar.update()
             if progress["total"] % args.log_every == 0 or update + 1 == updates:
                 means = run.metrics.flush(
-                    accelerator, total_updates=progress["total"], unet_forwards=progress["forwards"] * accelerator.num_processes,
+                    accelerator, total_updates=progress["total"], unet_forwards=round(progress["forwards"] * accelerator.num_processes, 1),
                     lr=f"{lr:.3g}", seconds=f"{time.time() - clock:.2f}",
                 )  # fmt: skip
                 clock = time.time()
@@ -762,7 +762,7 @@ def setup(args, accelerator: Accelerator) -> Run | None:
         refuse_changes(facts, json.loads((out / "config.json").read_text()))
     elif accelerator.is_main_process:
         create_output_dir(args, __file__, facts)
-    accelerator.wait_for_everyone()
+    wait_for_output_dir(accelerator, out)
     if args.report_to:
         accelerator.init_trackers("dmd2_ddil", config={name: str(value) for name, value in vars(args).items()})
     return run

@@ -45,8 +45,8 @@ from common import (
     load_images, load_pipeline, load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of,
     prepare_adamw, priors_of, rank_state, reflect_warning, refuse_changes, replace_folder, report_on_data, resolve,
     restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, select, shards_of, start_accelerator,
-    student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, whole, whole_network, with_guidance,
-    with_w_embedding,
+    student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, wait_for_output_dir, whole,
+    whole_network, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -593,7 +593,7 @@ def setup(args, accelerator: Accelerator) -> Run | None:
         refuse_changes(facts, json.loads((out / "config.json").read_text()))
     elif accelerator.is_main_process:
         create_output_dir(args, __file__, facts)
-    accelerator.wait_for_everyone()
+    wait_for_output_dir(accelerator, out)
     if args.report_to:
         accelerator.init_trackers("lcm_ddil", config={name: str(value) for name, value in vars(args).items()})
     return run

@@ -45,8 +45,8 @@ from common import (
     latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, memory_report, mixed_rollout,
     noise_of, noting, open_data, prepare_adamw, rank_state, reflect_v, reflect_warning, refuse_changes,
     report_on_data, resolve, restore_rank, rotation, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of,
-    start_accelerator, student_rollout, support_of, timestep_grid, whole_network, with_guidance,
-    with_w_embedding,
+    start_accelerator, student_rollout, support_of, timestep_grid, wait_for_output_dir, whole_network,
+    with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -666,7 +666,7 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
         refuse_changes(facts, json.loads((out / "config.json").read_text()))
     elif accelerator.is_main_process:
         create_output_dir(args, __file__, facts)
-    accelerator.wait_for_everyone()
+    wait_for_output_dir(accelerator, out)
     if args.report_to:
         accelerator.init_trackers("pd_ddil", config={name: str(value) for name, value in vars(args).items()})
     return run, phases

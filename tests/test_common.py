@@ -989,6 +989,22 @@ def test_latents_on_disk_serve_later_runs(teacher_folder, data_folder, tmp_path,
     assert not np.array_equal(changed.cache[0]["moments"], first.cache[0]["moments"])
 
 
+def test_nodes_that_share_no_disk(teacher_folder, data_folder, tmp_path, monkeypatch):
+    """Said before anything is trained: what the other process wrote is not seen."""
+    import datasets
+
+    monkeypatch.setattr(common, "PATIENCE", 0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    with pytest.raises(SystemExit, match="process 0 does not see what process 1 has encoded.*HF_DATASETS_CACHE.*--no-cache_latents"):
+        latent_data(teacher_folder, data_folder, rank=0, n_ranks=2, cache=True)
+    assert len(latent_data(teacher_folder, data_folder, rank=1, n_ranks=2, cache=True)) == 40  # sees both parts
+    accelerator = SimpleNamespace(wait_for_everyone=lambda: None, process_index=8)
+    common.wait_for_output_dir(accelerator, tmp_path)
+    with pytest.raises(SystemExit, match="--output_dir .*run: process 8 does not see it; give a folder that all nodes share"):
+        common.wait_for_output_dir(accelerator, tmp_path / "run")
+
+
 def test_cached_latents_equal_encoded_ones(teacher_folder, data_folder):
     data, cached = (latent_data(teacher_folder, data_folder, cache=cache) for cache in (False, True))
     for _ in range(3):
