@@ -592,7 +592,9 @@ def load_images(name: str, flag: str = "--data", need_images: bool = True, need_
     held_out = next((splits[s] for s in ("test", "validation") if s in splits), None)
     if streaming:
         prompts = [row["caption"] for row in columns(train if held_out is None else held_out).select_columns("caption").take(HELD_OUT)]
-        train = train.skip(HELD_OUT) if held_out is None else train
+        if held_out is None:
+            train = train.skip(HELD_OUT)
+            train._ex_iterable.split_when_sharding = False  # of each rank's files so many; not shared out among them
     else:
         if held_out is None:
             n = min(HELD_OUT, max(1, len(train) // 10))
@@ -833,8 +835,8 @@ class LatentData:
 
 
 class StreamedData(LatentData):
-    """The same from a data set that is read in order, once an epoch: its samples are split over the ranks and shuffled within
-    blocks of BLOCK. The position (state of the stream at the block's start, place in the block) is exact."""
+    """The same from a data set that is read in order, once an epoch: its files are split over the ranks, its samples shuffled
+    within blocks of BLOCK. The position (state of the stream at the block's start, place in the block) is exact."""
 
     BLOCK = 1000
 
@@ -842,7 +844,13 @@ class StreamedData(LatentData):
         from datasets.distributed import split_dataset_by_node
 
         self.cache = None  # latents on disk would be a copy of the stream
-        self.stream = split_dataset_by_node(undecoded(self.dataset), self.rank, self.n_ranks)
+        files, whole_files = self.dataset.num_shards, "auto"  # that is, if they can be shared out evenly
+        if files >= 10 * self.n_ranks:
+            whole_files = "shards"  # nearly evenly; an epoch is each rank's own
+        elif files % self.n_ranks and self.rank == 0:
+            print(f"warning: --streaming: {self.n_ranks} processes cannot share {files} files, so each reads them all; {10 * self.n_ranks} "
+                  "files or a multiple of the processes are faster", file=sys.stderr, flush=True)  # fmt: skip
+        self.stream = split_dataset_by_node(undecoded(self.dataset), self.rank, self.n_ranks, whole_files)
         self.start = self.stream.state_dict()
         self.restore({"epoch": 0, "blocks": 0, "state": self.start, "place": 0})
 
@@ -940,12 +948,21 @@ def start_accelerator(**settings):
         raise SystemExit(f"accelerate launch --mixed_precision {os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')}: {error}")
     if accelerator.num_processes != launched:
         raise SystemExit(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: check its config")
+    if accelerator.is_fsdp2:  # gradients are summed over the ranks at each mini-batch: between two, they would be whole on each
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":  # gradients are summed in fp32, as under DDP
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         policy = MixedPrecisionPolicy(param_dtype=frozen_dtype(accelerator), reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
+
+
+def compile_networks(*networks) -> None:
+    """torch.compile for networks that are run with and without gradient, at several batch sizes, in several phases."""
+    torch._dynamo.config.recompile_limit = 64  # of one code; beyond the limit it would silently run uncompiled
+    for network in networks:
+        network.compile()
 
 
 def check_engine(accelerator) -> None:
@@ -1181,7 +1198,7 @@ def seen(path: Path) -> bool:
 
 
 def wait_for_output_dir(accelerator, folder: Path) -> None:
-    """Until the first process has made the run folder. SystemExit on a node that has disks of its own."""
+    """Until the first process has made the run folder, or something in it. SystemExit on a node that has disks of its own."""
     accelerator.wait_for_everyone()
     if not seen(folder):
         raise SystemExit(f"--output_dir {folder}: process {accelerator.process_index} does not see it; give a folder that all nodes share")

@@ -43,12 +43,12 @@ from tqdm import tqdm
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
     accumulation_of, activation_memory, any_timesteps, betas_of, check_engine, check_memory, check_output_dir,
-    check_shared_flags, clip_gradient, consistency_function, consistency_rollout, count_of, create_output_dir,
-    eps_from_v, fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape,
-    learning_rate, load_images, load_pipeline, load_schedule, load_state, memory_report, moved_fraction, noise_of,
-    open_data, part_of, prepare_adamw, priors_of, rank_state, reflect, reflect_warning, refuse_changes,
-    report_on_data, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of,
-    start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of,
+    check_shared_flags, clip_gradient, compile_networks, consistency_function, consistency_rollout, count_of,
+    create_output_dir, eps_from_v, fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint,
+    latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, memory_report,
+    moved_fraction, noise_of, open_data, part_of, prepare_adamw, priors_of, rank_state, reflect, reflect_warning,
+    refuse_changes, report_on_data, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of,
+    shards_of, start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of,
     wait_for_output_dir, whole_network, with_guidance, x_from_v,
 )  # fmt: skip
 
@@ -500,6 +500,12 @@ def backward(run: Run, losses: Tensor, who: str) -> None:
     run.progress["forwards"] += 2 * len(losses)  # the backward pass; forwards are counted by the networks
 
 
+def unsynced(accelerator: Accelerator, trained: Trained):
+    """Around a mini-batch that is not an update's last: ranks do not exchange gradients. With shards they do, or each would
+    hold a whole gradient."""
+    return nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(trained.network)
+
+
 def finish_update(run: Run, trained: Trained, who: str) -> None:
     """Clip the gradient, step, and leave none."""
     norm = clip_gradient(run.accelerator, trained.network, GRAD_CLIP)
@@ -524,7 +530,7 @@ def iterate(
     for i in range(last + 1):
         x, cond = run.batch(source)
         z_t, t = student_input(run, nets, source, movers, x, cond)
-        with accelerator.no_sync(student.network) if i < last else nullcontext(), torch.set_grad_enabled(update_student):
+        with unsynced(accelerator, student) if i < last else nullcontext(), torch.set_grad_enabled(update_student):
             x_hat = consistency_function(schedule, nets.student if update_student else nets.rolling, z_t, t, cond)
             x_g = reflect_value(x_hat, run.support)
             if update_student:
@@ -543,7 +549,7 @@ def iterate(
         finish_update(run, student, "student")
 
     for i, (x_g, x, cond) in enumerate(made):
-        with accelerator.no_sync(critic.network) if i < last else nullcontext():
+        with unsynced(accelerator, critic) if i < last else nullcontext():
             losses, notes = critic_step(schedule, nets.fake, nets.judge, x_g, x, cond, args.critic_gan_weight, noise)
             backward(run, losses, "critic")
         run.progress["forwards"] += 4 * ENCODER * len(losses) * (nets.judge is not None)  # back through twice as many samples
@@ -670,7 +676,7 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
         if pipes[name] is not pipes["teacher"]:
             pipes[name].unet = None  # has been copied
     if args.compile:
-        student_unet.compile(), fake_unet.compile(), pipes["teacher"].unet.compile()
+        compile_networks(student_unet, fake_unet, pipes["teacher"].unet)
     network = model(pipes["teacher"].unet.to(device, half), "teacher")
     real = network if network.config.time_cond_proj_dim is not None else with_guidance(network, run.null)
     trained = {}

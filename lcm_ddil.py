@@ -40,13 +40,13 @@ from tqdm import tqdm
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support, UNetModel,
     accumulation_of, activation_memory, betas_of, check_engine, check_memory, check_output_dir, check_shared_flags,
-    clip_gradient, consistency_function, consistency_rollout, count_of, create_output_dir, ddim_step, drop_prompts,
-    fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint, latent_shape, learning_rate,
-    load_images, load_pipeline, load_schedule, load_state, memory_report, noise_of, noting, open_data, part_of,
-    prepare_adamw, priors_of, rank_state, reflect_warning, refuse_changes, replace_folder, report_on_data, resolve,
-    restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of, select, shards_of, start_accelerator,
-    student_rollout, support_of, teacher_rollout, timestep_grid, updates_of, wait_for_output_dir, whole,
-    whole_network, with_guidance, with_w_embedding,
+    clip_gradient, compile_networks, consistency_function, consistency_rollout, count_of, create_output_dir,
+    ddim_step, drop_prompts, fingerprint, forward_states, frozen_dtype, frozen_parameters, last_checkpoint,
+    latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, memory_report, noise_of,
+    noting, open_data, part_of, prepare_adamw, priors_of, rank_state, reflect_warning, refuse_changes,
+    replace_folder, report_on_data, resolve, restore_rank, save_checkpoint, save_grid, save_pipeline, seed_of,
+    select, shards_of, start_accelerator, student_rollout, support_of, teacher_rollout, timestep_grid, updates_of,
+    wait_for_output_dir, whole, whole_network, with_guidance, with_w_embedding,
 )  # fmt: skip
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -518,8 +518,7 @@ def prepare(run: Run, unet, prediction_type: str, checkpoint: Path | None):
         if ema is not None:
             ema.load_state_dict(load_state(checkpoint / "target.pt"))
     if args.compile:
-        for module in {student_unet, frozen_unet, ema} - {None}:
-            module.compile()
+        compile_networks(*{student_unet, frozen_unet, ema} - {None})
     trained, optimizer = prepare_adamw(accelerator, student_unet, checkpoint and checkpoint / "student_optimizer.pt")
     student = UNetModel(trained, run.schedule, prediction_type, accelerator.autocast)
     rolling = UNetModel(accelerator.unwrap_model(trained), run.schedule, prediction_type, accelerator.autocast)

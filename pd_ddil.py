@@ -40,8 +40,8 @@ from tqdm import tqdm
 from common import (
     CLEAN, LatentData, Metrics, Model, NoiseSchedule, PromptEncoder, SamplingPrior, StopRequest, Support,
     TrajectoryBuffer, UNetModel, accumulation_of, activation_memory, any_timesteps, check_engine, check_memory,
-    check_output_dir, check_shared_flags, clip_gradient, count_of, create_output_dir, ddim_step, dpm_solver,
-    drop_prompts, fingerprint, forward_states, frozen_dtype, frozen_parameters, in_order, last_checkpoint,
+    check_output_dir, check_shared_flags, clip_gradient, compile_networks, count_of, create_output_dir, ddim_step,
+    dpm_solver, drop_prompts, fingerprint, forward_states, frozen_dtype, frozen_parameters, in_order, last_checkpoint,
     latent_shape, learning_rate, load_images, load_pipeline, load_schedule, load_state, memory_report, mixed_rollout,
     noise_of, noting, open_data, prepare_adamw, rank_state, reflect_v, reflect_warning, refuse_changes,
     report_on_data, resolve, restore_rank, rotation, save_checkpoint, save_grid, save_pipeline, seed_of, shards_of,
@@ -276,7 +276,7 @@ class Evaluation:
         if self.accelerator.is_main_process:
             save_file(ends, self.file.with_suffix(".tmp"))
             self.file.with_suffix(".tmp").rename(self.file)
-        self.accelerator.wait_for_everyone()
+        wait_for_output_dir(self.accelerator, self.file)
 
     def reference(self, name: str) -> Tensor:
         return load_file(self.file)[name].to(self.accelerator.device)
@@ -551,7 +551,7 @@ def open_phase(run: Run, phase: Phase, source: Path) -> tuple[UNetModel, Model, 
         student_unet.enable_gradient_checkpointing()
     half = frozen_dtype(run.accelerator)
     if run.args.compile:
-        student_unet.compile(), pipe.unet.compile()
+        compile_networks(student_unet, pipe.unet)
     network = UNetModel(pipe.unet.to(device, half), run.schedule, pipe.scheduler.config.prediction_type, autocast)
     guided = network if phase.name.isdigit() else with_guidance(network, run.null)
     teacher = noting(guided, run.schedule, run.support, run.metrics, "moved_by_reflect")
@@ -580,9 +580,10 @@ def train_phase(run: Run, phase: Phase, source: Path, gc: Path, checkpoint: Path
     network, teacher, student_unet = open_phase(run, phase, source)
     if phase.name.isdigit():
         if not evaluation.file.exists():
-            gc_unet = load_pipeline(str(gc)).unet.to(accelerator.device)
             students = [int(name) for name in halvings(n, run.args.student_steps)]
-            evaluation.make_reference(UNetModel(gc_unet, run.schedule, "v_prediction", accelerator.autocast), students)
+            unet = load_pipeline(str(gc)).unet.to(accelerator.device)
+            evaluation.make_reference(UNetModel(unet, run.schedule, "v_prediction", accelerator.autocast), students)
+            del unet  # or each device would keep it for the whole phase
         rows = {f"gc, {steps} steps": evaluation.reference(f"grid_{steps}") for steps in (n, int(phase.name))}
     else:
         rows = {f"teacher, {n} steps": evaluation.grid_row(with_guidance(network, run.null), n)}

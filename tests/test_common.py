@@ -874,6 +874,21 @@ def test_each_sample_reaches_training_once(kind, streaming, tmp_path, teacher_fo
     assert len(seen) == (36 if kind == "webdataset" else 40)
 
 
+@pytest.mark.parametrize("files", [2, 20, 3])
+def test_ranks_share_the_files_of_a_stream(files, tmp_path, teacher_folder, data_folder, monkeypatch, capsys):
+    """Of few files that cannot be shared evenly, each reads all. Held-out captions, the first of the stream, are in no rank's."""
+    monkeypatch.setattr("common.HELD_OUT", 2)
+    rows, seen = load_dataset(str(data_folder))["train"], []
+    for i in range(files):
+        save_tar(tmp_path / f"{i:02d}.tar", rows.shard(files, i))
+    for rank in range(2):
+        data, held_out = open_kind("webdataset", True, tmp_path, teacher_folder, rank, batch_size=1)
+        seen += captions_of(data, len(data.block))  # an epoch
+    assert ("2 processes cannot share 3 files" in capsys.readouterr().err) == (files == 3)
+    assert len(seen) == len(set(seen)) == (38 if files == 3 else 36)  # each skips two of its files, or both together
+    assert not set(seen) & {caption.replace(" ", "") for caption in held_out}
+
+
 def saved(value) -> bytes:
     file = io.BytesIO()
     torch.save(value, file)
