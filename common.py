@@ -735,9 +735,10 @@ class LatentData:
         part(self.rank)
         if self.n_ranks > 1:
             torch.distributed.barrier()
-        missing = [rank for rank in range(min(self.n_ranks, len(self.raw))) if not seen(file_of(rank))]  # beyond, they have no rows
-        if missing:
-            raise SystemExit(f"--cache_latents: process {self.rank} does not see what process {missing[0]} has encoded in {folder}; let "
+        with_rows = range(min(self.n_ranks, len(self.raw)))
+        missing = next((rank for rank in with_rows if not seen(file_of(rank))), None)
+        if missing is not None:
+            raise SystemExit(f"--cache_latents: process {self.rank} does not see what process {missing} has encoded in {folder}; let "
                              "HF_DATASETS_CACHE be a folder that all nodes share, or take --no-cache_latents")  # fmt: skip
         cache = datasets.concatenate_datasets([part(rank) for rank in range(self.n_ranks)]).with_format("numpy")
         if len(cache) == 0:
@@ -835,8 +836,8 @@ class LatentData:
 
 
 class StreamedData(LatentData):
-    """The same from a data set that is read in order, once an epoch: its files are split over the ranks, its samples shuffled
-    within blocks of BLOCK. The position (state of the stream at the block's start, place in the block) is exact."""
+    """The same from a data set that is read in order, once an epoch: split over the ranks, by files where there are enough,
+    and shuffled within blocks of BLOCK. The position (state of the stream at the block's start, place in the block) is exact."""
 
     BLOCK = 1000
 
@@ -844,13 +845,13 @@ class StreamedData(LatentData):
         from datasets.distributed import split_dataset_by_node
 
         self.cache = None  # latents on disk would be a copy of the stream
-        files, whole_files = self.dataset.num_shards, "auto"  # that is, if they can be shared out evenly
+        files, strategy = self.dataset.num_shards, "auto"  # whole files, if they can be shared out evenly; or every n-th row of all
         if files >= 10 * self.n_ranks:
-            whole_files = "shards"  # nearly evenly; an epoch is each rank's own
+            strategy = "shards"  # whole files, nearly evenly
         elif files % self.n_ranks and self.rank == 0:
             print(f"warning: --streaming: {self.n_ranks} processes cannot share {files} files, so each reads them all; {10 * self.n_ranks} "
                   "files or a multiple of the processes are faster", file=sys.stderr, flush=True)  # fmt: skip
-        self.stream = split_dataset_by_node(undecoded(self.dataset), self.rank, self.n_ranks, whole_files)
+        self.stream = split_dataset_by_node(undecoded(self.dataset), self.rank, self.n_ranks, strategy)
         self.start = self.stream.state_dict()
         self.restore({"epoch": 0, "blocks": 0, "state": self.start, "place": 0})
 
