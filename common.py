@@ -524,6 +524,13 @@ class PromptEncoder:
         last[:, 0, :6] = torch.tensor(self.time_ids) if sizes is None else sizes
         return torch.cat([ids, last], dim=1)
 
+    def as_at_inference(self, ids: Tensor) -> Tensor:
+        """The same captions with the size conditioning that the pipeline gives, in place of an image's own."""
+        if self.xl:
+            ids = ids.clone()
+            ids[:, -1, :6] = torch.tensor(self.time_ids)
+        return ids
+
     @torch.no_grad()
     def encode(self, ids: Tensor) -> dict[str, Tensor]:
         """cond of token ids: "prompt" [B, L, D], for SDXL's family also "text_embeds" and "time_ids"."""
@@ -826,7 +833,7 @@ class LatentData:
         self.k += 1
         rows = self.rows(self.k - 1)
         if self.cache is not None:
-            return self.unflatten_ids(self.cache.select_columns("ids")[rows.tolist()]["ids"])
+            return self.prompts.as_at_inference(self.unflatten_ids(self.cache.select_columns("ids")[rows.tolist()]["ids"]))
         return self.prompts.tokenize([sample["caption"] for sample in self.read(rows, self.dataset.select_columns("caption"))])
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:

@@ -103,7 +103,7 @@ def parse_args(argv=None):
     paper.add_argument("--fake_updates", type=int, help="updates of the fake score for each of the student (sec. 5: 10)")
     paper.add_argument("--gan_weight", type=float, help="of the GAN's loss for the student (DMD2: 5e-3); 0: no GAN")
     paper.add_argument("--critic_gan_weight", type=float, help="of the GAN's loss for the critic (DMD2: 1e-2)")
-    paper.add_argument("--updates", type=int, help="of the student (App. A: 30000)")
+    paper.add_argument("--updates", type=int, help="of the student (sec. 5: 30000)")
     paper.add_argument("--global_batch_size", type=int, help="samples an update, over all processes (sec. 5: 7)")
     paper.add_argument("--learning_rate", type=float, help="of student and critic (DMD2: 5e-7 [D13])")
     paper.add_argument("--lr_decay", action=argparse.BooleanOptionalAction, help="linear decay to 0 (sec. 5) instead of a constant rate (DMD2) [D13]")
@@ -423,7 +423,7 @@ class Run:
     def batch(self, source: str) -> tuple[Tensor | None, dict]:
         """(x, cond) of this rank's next images; x is None where their captions are enough."""
         x, ids = self.data.next() if source == "forward" or self.args.gan_weight else (None, self.data.next_ids())
-        return x, self.cond_of(ids)
+        return x, self.cond_of(self.prompts.as_at_inference(ids))  # of real images, too, as in DMD2
 
     def note(self, notes: dict[str, Tensor]) -> None:
         for column, values in notes.items():

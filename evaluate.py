@@ -266,7 +266,9 @@ def candidates_of(args) -> list[Candidate]:
                 raise SystemExit(f"{name}: the run is not finished (no pipeline/ in it); name one of its stages/, or finish it by --resume")
         stage = Path(model).name
         steps = int(stage) if stage.isdigit() else config["teacher_steps" if stage in ("v", "gc") else "student_steps"]
-        w = 1.0 if config.get("lora_rank") or script == "dmd2_ddil" else config["eval_guidance_scale"]  # else it is part of the student
+        w = 1.0 if config.get("lora_rank") else config.get("eval_guidance_scale", 1.0)  # 1: it is part of the student
+        if script == "dmd2_ddil" and json.loads((Path(model) / "unet" / "config.json").read_text()).get("time_cond_proj_dim"):
+            w = config["guidance_scale"]  # the only one that it was trained at
         own = dict(steps=steps, guidance_scale=w)
         chosen |= {n: value for n, value in own.items() if n not in args.given}
         found.append(Candidate(label or label_of(script, config, stage), model, **chosen, run=str(folder), script=script, config=config))

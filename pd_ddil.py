@@ -95,7 +95,7 @@ def parse_args(argv=None):
     paper.add_argument("--updates", nargs="+", metavar="PHASE=U[,U]", help="updates of a phase's parts, e.g. v=4000 8=6000,4000")
     paper.add_argument("--global_batch_size", type=int, help="samples an update, over all processes (sec. 5: 224)")
     paper.add_argument("--learning_rate", type=float, nargs="+", help="peak of each part, or two: before the halvings, and in them (sec. 5: 1e-5)")
-    paper.add_argument("--warmup", type=int, help="updates of warm-up in each part (App. A: 500)")
+    paper.add_argument("--warmup", type=int, help="updates of warm-up in each part (sec. 5: 500)")
     run = p.add_argument_group("run")
     run.add_argument("--batch_size", type=int, help="samples a process and forward; accumulation makes up the global batch")
     run.add_argument("--output_dir", help="run folder (default runs/pd_ddil-RECIPE)")
@@ -419,9 +419,11 @@ def collect(run: Run, nets: Networks, student_rate: float) -> dict[str, Tensor]:
     )  # fmt: skip
     run.metrics.add("student_moves", torch.cat(moves).float() if moves else torch.zeros(0))
     return dict(  # Alg. 2 line 6
-        z_t=torch.cat([states[j] for j in stored]), z_s=torch.cat([landings[j] for j in stored]),
-        j=torch.tensor(stored, device=z.device).repeat_interleave(n),
-        w=cond["w"].repeat(len(stored)), ids=ids.repeat(len(stored), 1, 1),
+        # trajectory by trajectory: a full buffer lets go of the oldest ones whole, not of their noisier states first
+        z_t=torch.stack([states[j] for j in stored], dim=1).flatten(0, 1),
+        z_s=torch.stack([landings[j] for j in stored], dim=1).flatten(0, 1),
+        j=torch.tensor(stored, device=z.device).repeat(n),
+        w=cond["w"].repeat_interleave(len(stored)), ids=ids.repeat_interleave(len(stored), dim=0),
     )  # fmt: skip
 
 

@@ -684,6 +684,17 @@ def test_settings_come_from_the_run(pd_run):
     assert (teacher.label, teacher.steps, teacher.guidance_scale) == ("tiny", 32, 4.0)
 
 
+@pytest.mark.parametrize("takes_w, w", [(None, 1.0), (256, 3.0)])
+def test_dmd2_students_have_one_guidance_scale(takes_w, w, tmp_path):
+    """Guidance is part of them; one that takes w, from its teacher, was trained at this w alone."""
+    config = {"guidance_scale": 3.0, "student_steps": 4, "p_forward": [0.0], "p_teacher": None, "p_student": None, "reflect": "measured"}
+    for file, content in ("config.json", config), ("dmd2_ddil.py", ""), ("pipeline/unet/config.json", {"time_cond_proj_dim": takes_w}):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(content))
+    (candidate,) = evaluate.candidates_of(evaluate.parse_args([str(tmp_path)]))
+    assert (candidate.steps, candidate.guidance_scale) == (4, w)
+
+
 def test_inverted_prompts(tmp_path, teacher_folder):
     """Table 8's command on the sample file, with the tiny scorer."""
     random_trunk(tmp_path / "trunk.pth", "alex")
