@@ -520,15 +520,13 @@ class PromptEncoder:
         ids = torch.stack(ids, dim=1)
         if not self.xl:
             return ids
-        last = torch.zeros_like(ids[:, :1])
-        last[:, 0, :6] = torch.tensor(self.time_ids) if sizes is None else sizes
-        return torch.cat([ids, last], dim=1)
+        return self.with_sizes(torch.cat([ids, torch.zeros_like(ids[:, :1])], dim=1), sizes)
 
-    def as_at_inference(self, ids: Tensor) -> Tensor:
-        """The same captions with the size conditioning that the pipeline gives, in place of an image's own."""
+    def with_sizes(self, ids: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """The same captions under another size conditioning, by default that of inference; only SDXL's have any."""
         if self.xl:
             ids = ids.clone()
-            ids[:, -1, :6] = torch.tensor(self.time_ids)
+            ids[:, -1, :6] = torch.tensor(self.time_ids) if sizes is None else sizes
         return ids
 
     @torch.no_grad()
@@ -742,11 +740,11 @@ class LatentData:
         part(self.rank)
         if self.n_ranks > 1:
             torch.distributed.barrier()
-        with_rows = range(min(self.n_ranks, len(self.raw)))
-        missing = next((rank for rank in with_rows if not seen(file_of(rank))), None)
-        if missing is not None:
-            raise SystemExit(f"--cache_latents: process {self.rank} does not see what process {missing} has encoded in {folder}; let "
-                             "HF_DATASETS_CACHE be a folder that all nodes share, or take --no-cache_latents")  # fmt: skip
+            with_rows = range(min(self.n_ranks, len(self.raw)))
+            missing = next((rank for rank in with_rows if not seen(file_of(rank))), None)
+            if missing is not None:
+                raise SystemExit(f"--cache_latents: process {self.rank} does not see what process {missing} has encoded in {folder}; let "
+                                 "HF_DATASETS_CACHE be a folder that all nodes share, or take --no-cache_latents")  # fmt: skip
         cache = datasets.concatenate_datasets([part(rank) for rank in range(self.n_ranks)]).with_format("numpy")
         if len(cache) == 0:
             raise SystemExit(f"--data: none of {len(self.dataset)} samples can be used: {self.reasons()}")
@@ -833,7 +831,7 @@ class LatentData:
         self.k += 1
         rows = self.rows(self.k - 1)
         if self.cache is not None:
-            return self.prompts.as_at_inference(self.unflatten_ids(self.cache.select_columns("ids")[rows.tolist()]["ids"]))
+            return self.prompts.with_sizes(self.unflatten_ids(self.cache.select_columns("ids")[rows.tolist()]["ids"]))
         return self.prompts.tokenize([sample["caption"] for sample in self.read(rows, self.dataset.select_columns("caption"))])
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
@@ -956,13 +954,14 @@ def start_accelerator(**settings):
         raise SystemExit(f"accelerate launch --mixed_precision {os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')}: {error}")
     if accelerator.num_processes != launched:
         raise SystemExit(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: check its config")
-    if accelerator.is_fsdp2:  # gradients are summed over the ranks at each mini-batch: between two, they would be whole on each
+    if accelerator.is_fsdp2:
+        # gradients are summed over the ranks at each mini-batch, or each rank would hold whole ones between two
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":  # gradients are summed in fp32, as under DDP
-        from torch.distributed.fsdp import MixedPrecisionPolicy
+        if accelerator.mixed_precision != "no":  # and in fp32, as under DDP
+            from torch.distributed.fsdp import MixedPrecisionPolicy
 
-        policy = MixedPrecisionPolicy(param_dtype=frozen_dtype(accelerator), reduce_dtype=torch.float32)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+            policy = MixedPrecisionPolicy(param_dtype=frozen_dtype(accelerator), reduce_dtype=torch.float32)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
 
 
@@ -1182,9 +1181,6 @@ def check_output_dir(args) -> None:
         raise SystemExit(f"--overwrite: {folder} is no run folder (it has no config.json) and is left alone")
 
 
-PATIENCE = 60  # seconds that a file of another node may take to appear
-
-
 def create_output_dir(args, script: str, facts: dict) -> None:
     """The run folder, with config.json and a copy of the code that made it."""
     folder = Path(args.output_dir)
@@ -1194,6 +1190,9 @@ def create_output_dir(args, script: str, facts: dict) -> None:
         shutil.copy(file, folder)
     settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
     (folder / "config.json").write_text(json.dumps(settings | facts, indent=1))
+
+
+PATIENCE = 60  # seconds that a file of another node may take to appear
 
 
 def seen(path: Path) -> bool:

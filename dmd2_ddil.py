@@ -423,7 +423,7 @@ class Run:
     def batch(self, source: str) -> tuple[Tensor | None, dict]:
         """(x, cond) of this rank's next images; x is None where their captions are enough."""
         x, ids = self.data.next() if source == "forward" or self.args.gan_weight else (None, self.data.next_ids())
-        return x, self.cond_of(self.prompts.as_at_inference(ids))  # of real images, too, as in DMD2
+        return x, self.cond_of(self.prompts.with_sizes(ids))  # inference's, for real images too
 
     def note(self, notes: dict[str, Tensor]) -> None:
         for column, values in notes.items():

@@ -156,22 +156,23 @@ class Generators(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def on_device(value):
+    if not isinstance(value, StrictTensor):
+        raise RuntimeError(f"collective of a tensor on {value.device}, which is for a GPU's")
+    return value
+
+
 class Accelerator(accelerate.Accelerator):
     def __init__(self, **settings):
         super().__init__(**settings)
         for state in PartialState, AcceleratorState:
             state._shared_state["device"] = STRICT
 
-    def on_device(self, value):
-        if not isinstance(value, StrictTensor):
-            raise RuntimeError(f"collective of a tensor on {value.device}, which is for a GPU's")
-        return value
-
     def gather(self, value):
-        return super().gather(self.on_device(value))
+        return super().gather(on_device(value))
 
     def reduce(self, value, *args, **kwargs):
-        return super().reduce(self.on_device(value), *args, **kwargs)
+        return super().reduce(on_device(value), *args, **kwargs)
 
 
 def check_refusals() -> None:
@@ -180,7 +181,7 @@ def check_refusals() -> None:
     mistakes = {
         "operands": lambda: here + there, "weights": lambda: torch.nn.Linear(2, 2)(here), "indices": lambda: there[here[0] > 0],
         "generator": lambda: torch.randn(2, device=STRICT, generator=torch.Generator()), "NumPy": here.numpy,
-        "CPU's collective": lambda: Accelerator.on_device(None, there),
+        "CPU's collective": lambda: on_device(there),
     }  # fmt: skip
     for name, mistake in mistakes.items():
         with suppress(RuntimeError, TypeError):

@@ -116,13 +116,10 @@ def test_compiled_networks_train_the_same(script, tmp_path, teacher_folder, data
 @pytest.mark.parametrize("script", FLAGS)
 def test_device_that_is_not_the_cpu(script, tmp_path, xl_folder, data_folder):
     """Nothing is left on the CPU that a GPU would miss, and the same is trained there."""
-    for run in "cpu", "strict":
-        args = [*flags(script, xl_folder, data_folder, tmp_path / run), "--gradient_checkpointing"]
-        if run == "cpu":
-            run_here(*args, script=f"{script}.py")
-            continue
-        process = run_script(f"{script}.py", *args, script="tests/strict_device.py")
-        assert process.returncode == 0, process.stderr
+    on_cpu, on_strict = ([*flags(script, xl_folder, data_folder, tmp_path / run), "--gradient_checkpointing"] for run in ("cpu", "strict"))
+    run_here(*on_cpu, script=f"{script}.py")
+    process = run_script(f"{script}.py", *on_strict, script="tests/strict_device.py")
+    assert process.returncode == 0, process.stderr
     here, there, before = (weights_of(folder) for folder in (tmp_path / "cpu" / "pipeline", tmp_path / "strict" / "pipeline", xl_folder))
     assert distance(here, there) < 1e-2 * distance(here, before)
 
