@@ -52,8 +52,8 @@ from common import (
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
 PAPER = dict(
     teacher_steps=50, student_steps=4, rollout_steps=(3, 4, 5), p_forward=(0.75, 0.5), p_teacher=(0.0,), p_student=None,
-    loss="huber", huber_c=0.001, ema_decay=0.95, prompt_dropout=0.0, lora_rank=0, store_start=False, reflect="measured",
-    seed=0, report_to=None, streaming=False, image_column=None, caption_column=None, compile=False,
+    loss="huber", huber_c=0.001, ema_decay=0.95, prompt_dropout=0.0, lora_rank=0, store_start=False, forward_control=False,
+    reflect="measured", seed=0, report_to=None, streaming=False, image_column=None, caption_column=None, compile=False,
 )  # fmt: skip
 SD15 = PAPER | dict(
     teacher=None, data=None, output_dir="runs/lcm_ddil-sd15", updates=8000, guidance_range=(6.0, 16.0), global_batch_size=360,
@@ -92,6 +92,7 @@ def parse_args(argv=None):
     paper.add_argument("--p_teacher", type=float, nargs="+", help="share of the teacher's trajectories (0)")
     paper.add_argument("--p_student", type=float, nargs="+", help="share of the student's trajectories (what the others leave)")
     paper.add_argument("--store_start", action="store_true", default=None, help="the pure noise at 999 may be drawn from a rollout too [D12]")
+    paper.add_argument("--forward_control", action="store_true", default=None, help="in place of rollouts, forward diffusion to the same timesteps: what a DDIL run is to be compared with [D16]")
     paper.add_argument("--reflect", help="threshold for x estimates: measured | none | a radius (App. A; [D15])")
     paper.add_argument("--guidance_range", type=float, nargs=2, help="w ~ U[lo, hi] in training (LCM: 6 16 [D12]); for a LoRA one number twice (7.5 7.5)")
     paper.add_argument("--loss", choices=("huber", "l2"), help="distance of the two estimates (LCM: huber)")
@@ -246,7 +247,8 @@ def expected_forwards(args, has_w: bool) -> float:
         stops = sampler_timesteps(n, grid)[0 if args.store_start else 1 :]
         student += sum(range(n)) / len(stops) / len(args.rollout_steps)
         teacher += guided * sum(grid.index(t) for t in stops) / len(stops) / len(args.rollout_steps)
-    update = 3 + guided + 1 + share["student"] * student + share["teacher"] * teacher  # student, teacher, target; rollouts
+    rollouts = 0 if args.forward_control else share["student"] * student + share["teacher"] * teacher
+    update = 3 + guided + 1 + rollouts  # student, teacher, target
     return updates_of(args) * args.global_batch_size * update
 
 
@@ -329,11 +331,11 @@ class Networks(NamedTuple):
     rows: dict[str, Tensor]  # the teacher's rows of the sample grids
 
 
-def forward_batch(run: Run) -> tuple[Tensor, Tensor, dict]:
-    """(z_t, t, cond) by forward diffusion of data to any point of the solver grid (Alg. 1 line 3)."""
+def forward_batch(run: Run, timesteps: list[int]) -> tuple[Tensor, Tensor, dict]:
+    """(z_t, t, cond) by forward diffusion of data to any of these timesteps (Alg. 1 line 3)."""
     x, ids = run.data.next()
     cond = run.draw_cond(ids)
-    grid = torch.tensor(run.solver_grid, device=x.device)
+    grid = torch.tensor(timesteps, device=x.device)
     t = grid[torch.randint(len(grid), (len(x),), generator=run.noise, device=x.device)]
     return forward_states(run.schedule, x, t, run.noise)[0], t, cond
 
@@ -368,7 +370,9 @@ def losses_of(run: Run, source: str, nets: Networks) -> tuple[Tensor, Tensor]:
     """(losses [B], timesteps [B]) of one mini-batch."""
     args = run.args
     if source == "forward":
-        z_t, t, cond = forward_batch(run)
+        z_t, t, cond = forward_batch(run, run.solver_grid)
+    elif args.forward_control:
+        z_t, t, cond = forward_batch(run, draw_stop(run)[-1:])
     else:
         z_t, t, cond = (student_batch if source == "student" else teacher_batch)(run, nets)  # DDIL: Alg. 1 lines 4, 5
     s = t - 1000 // args.teacher_steps  # the next point of the solver grid; after its last one, 19 - 20 = CLEAN

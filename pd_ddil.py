@@ -69,8 +69,8 @@ RECIPES = {
         log_every=50, save_every=500,
     ),
 }  # fmt: skip
-COMMON_DEFAULTS = dict(teacher_steps=32, student_steps=4, reflect="measured", store_start=False, seed=0, report_to=None,
-                       streaming=False, image_column=None, caption_column=None, compile=False)  # fmt: skip
+COMMON_DEFAULTS = dict(teacher_steps=32, student_steps=4, reflect="measured", store_start=False, forward_control=False, seed=0,
+                       report_to=None, streaming=False, image_column=None, caption_column=None, compile=False)  # fmt: skip
 RECIPES = {name: COMMON_DEFAULTS | recipe for name, recipe in RECIPES.items()}
 # May differ when a run is resumed; the teacher's path too, as its weights are compared.
 RUN_FLAGS = ("teacher", "output_dir", "compile", "log_every", "save_every", "report_to")
@@ -89,6 +89,7 @@ def parse_args(argv=None):
     paper.add_argument("--student_rate", type=float, nargs="+", help="Alg. 2's beta: how often the student moves (App. A: .15 .8)")
     paper.add_argument("--reuse", type=float, help="R, mean uses of a collected state [D17] (not in paper; 2)")
     paper.add_argument("--store_start", action="store_true", default=None, help="store the pure-noise state at 999 too [D16]")
+    paper.add_argument("--forward_control", action="store_true", default=None, help="in place of D_DAgger's states, forward diffusion to the same timesteps: what a DDIL run is to be compared with [D16]")
     paper.add_argument("--buffer_size", type=int, help="states that D_DAgger holds on each process (not in paper)")
     paper.add_argument("--reflect", help="threshold for x estimates: measured | none | a radius (App. A; [D15])")
     paper.add_argument("--guidance_range", type=float, nargs=2, help="w ~ U[lo, hi] in training (sec. 5: 2 14)")
@@ -293,7 +294,8 @@ def expected_forwards(args, phases: list[Phase]) -> float:
         for part, updates in enumerate(phase.updates):
             student, teacher = 3, 0 if phase.name == "v" else 2  # its guidance, or its two steps
             p, rate, unstored = phase.p_forward[part], phase.student_rate[part], int(not args.store_start)
-            if p < 1:  # what a trajectory takes: the teacher is asked at each stored state, and moves the others alone
+            if p < 1 and not args.forward_control:
+                # what a trajectory takes: the teacher is asked at each stored state, and moves the others alone
                 n = int(phase.name)
                 trajectory = unstored * (rate + 2 * (1 - rate)) + (n - 1 - unstored) * (2 + rate) + 2
                 teacher = p * teacher + (1 - p) * trajectory / (n - unstored) / args.reuse
@@ -379,11 +381,16 @@ class Networks(NamedTuple):
     rows: dict[str, Tensor]  # the teacher's rows of the sample grids
 
 
-def forward_batch(run: Run, nets: Networks) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+def stored_intervals(args, steps: int) -> range:
+    """Intervals of the student's grid whose states D_DAgger holds: not the pure noise at 999 that all start from [D16]."""
+    return range(0 if args.store_start else 1, steps)
+
+
+def forward_batch(run: Run, nets: Networks, intervals: range) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
     """(z_t, z_s, t, s, cond) by forward diffusion of data: Alg. 3 lines 5, 7, 8."""
     x, _, cond = run.data_batch()
     tau = torch.tensor(nets.tau, device=x.device)
-    j = torch.randint(len(tau) // 2, (len(x),), generator=run.noise, device=x.device)  # t on the student's grid [D5]
+    j = torch.randint(intervals.start, intervals.stop, (len(x),), generator=run.noise, device=x.device)  # t on the student's grid [D5]
     t, m, s = tau[2 * j], tau[2 * j + 1], tau[2 * j + 2]  # Alg. 3 line 7
     z_t, _ = forward_states(run.schedule, x, t, run.noise)  # Alg. 3 line 5
     z_s = teacher_landing(run.schedule, nets.teacher, z_t, t, m, s, cond, run.support)  # Alg. 3 line 8
@@ -409,7 +416,7 @@ def dagger_batch(run: Run, nets: Networks, student_rate: float) -> tuple[Tensor,
 def collect(run: Run, nets: Networks, student_rate: float) -> dict[str, Tensor]:
     """Rows for D_DAgger by one rollout of Alg. 2: states before each transition [D16] and, as their targets never
     change within a stage, where the teacher lands from them [D17]."""
-    stored = range(0 if run.args.store_start else 1, len(nets.tau) // 2)  # intervals of the student's grid
+    stored = stored_intervals(run.args, len(nets.tau) // 2)
     ids = run.data.next_ids()
     n, cond = len(ids), run.prompts.encode(ids) | {"w": run.draw_w(len(ids))}  # one w for a trajectory
     z = torch.randn(n, *latent_shape(run.pipe), generator=run.noise, device=run.noise.device)  # Alg. 2 line 1
@@ -435,10 +442,12 @@ def losses_of(run: Run, phase: Phase, part: int, source: str, nets: Networks) ->
     if phase.name == "gc":
         x, _, cond = run.data_batch()
         return guidance_step(run.schedule, nets.student, nets.teacher, x, cond, run.support, run.noise)
-    if source == "dagger":
-        z_t, z_s, t, s, cond = dagger_batch(run, nets, phase.student_rate[part])  # DDIL: Alg. 3 line 4
+    if source == "forward":
+        z_t, z_s, t, s, cond = forward_batch(run, nets, range(int(phase.name)))
+    elif run.args.forward_control:
+        z_t, z_s, t, s, cond = forward_batch(run, nets, stored_intervals(run.args, int(phase.name)))
     else:
-        z_t, z_s, t, s, cond = forward_batch(run, nets)
+        z_t, z_s, t, s, cond = dagger_batch(run, nets, phase.student_rate[part])  # DDIL: Alg. 3 line 4
     return pd_step(run.schedule, nets.student, z_t, z_s, t, s, cond), t
 
 

@@ -148,6 +148,7 @@ def test_device_that_is_too_small(script, tmp_path, teacher_folder, data_folder,
     ("pd_ddil", "--teacher_steps 8 --student_steps 2 --updates 4=24,12 2=24 --p_forward 0 0.5 --student_rate 0.5 --reuse 1 --eval_prompts 2"),
     ("lcm_ddil", "--updates 60 --p_forward 0.4 --p_student 0.6"),
     ("lcm_ddil", "--updates 10 --p_forward 0 --p_teacher 1 --rollout_steps 2"),
+    ("lcm_ddil", "--updates 10 --p_forward 0 --p_student 1 --forward_control"),
     ("dmd2_ddil", "--updates 20 --fake_updates 3"),
 ])  # fmt: skip
 def test_expected_forwards_are_those_that_are_counted(script, more, tmp_path, gc_folder, data_folder, capsys):

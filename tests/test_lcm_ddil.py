@@ -191,6 +191,14 @@ def test_a_rollout_stops_at_any_point_of_three_to_five_steps(make_run, start):
         assert abs(share - 1 / 3 / (n - (not start))) < 0.03
 
 
+def test_control_has_forward_diffusion_at_the_timesteps_of_rollouts(make_run, monkeypatch):
+    """[D16] What --forward_control trains on in the trajectories' share differs from them in the latents alone."""
+    run, nets, *_ = make_run("--forward_control")
+    monkeypatch.setattr(lcm_ddil, "consistency_rollout", None)  # would fail if called
+    seen = {t for _ in range(60) for t in set(lcm_ddil.losses_of(run, "student", nets)[1].tolist())}
+    assert seen == {t for n in (3, 4, 5) for t in sampler_timesteps(n, GRID)[1:]}
+
+
 def test_student_states_are_those_that_its_sampler_visits(make_run, monkeypatch):
     run, nets, *_ = make_run()
     seen = {}

@@ -319,15 +319,35 @@ def test_stored_targets_spare_the_teacher(make_run):
         z_t, z_s, t, s, cond = dagger_batch(run, nets, 0.5)
     assert (nets.teacher.samples, nets.rolling.samples) == spent
     assert run.buffer.added < 5 * 4 * 2
-    forward_batch(run, nets)
+    forward_batch(run, nets, range(8))
     assert (nets.teacher.samples, nets.rolling.samples) == (spent[0] + 2 * 4, spent[1])
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_control_has_forward_diffusion_at_the_timesteps_of_d_dagger(start, make_run, monkeypatch):
+    """[D16] What --forward_control trains on in D_DAgger's share differs from it in the latents alone."""
+    run, nets = make_run("--forward_control", *["--store_start"] * start)
+    diffused, trained, forward_states = [], [], pd_ddil.forward_states
+
+    def noting(*args):
+        z_t, eps = forward_states(*args)
+        diffused.append(z_t)
+        return z_t, eps
+
+    monkeypatch.setattr(pd_ddil, "forward_states", noting)
+    monkeypatch.setattr(pd_ddil, "pd_step", lambda schedule, student, z_t, z_s, t, s, cond: trained.append(z_t))
+    phase = pd_ddil.Phase("8", [1], [0.5], [0.5])
+    of = lambda source: {t for _ in range(30) for t in pd_ddil.losses_of(run, phase, 0, source, nets)[1].tolist()}  # noqa: E731
+    assert of("dagger") == set(timestep_grid(8)[0 if start else 1 :])
+    assert of("forward") == set(timestep_grid(8))
+    assert len(run.buffer) == 0 and all(z is z_t for z, z_t in zip(trained, diffused, strict=True))
 
 
 def test_forward_batch_is_on_the_student_s_grid(make_run):
     run, nets = make_run("--reflect", "0.5")
     seen = set()
     for _ in range(30):
-        z_t, z_s, t, s, cond = forward_batch(run, nets)
+        z_t, z_s, t, s, cond = forward_batch(run, nets, range(8))
         seen |= {*zip(t.tolist(), s.tolist())}
         m = torch.tensor([nets.tau[nets.tau.index(i) + 1] for i in t])
         assert max_error(z_s, teacher_landing(run.schedule, nets.teacher, z_t, t, m, s, cond, run.support)) == 0
