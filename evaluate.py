@@ -85,6 +85,8 @@ PAIRED_PROMPTS = 256
 NEIGHBOURS = 5  # k of coverage
 FEATURES_KEPT = 10_000  # for coverage; all other statistics are streamed
 
+# The priors of the paper's PD + DDIL (App. A, [D16], [D17]): other ones make a row of their own.
+PD_PRIORS = dict(p_forward=[0.75, 0.5], student_rate=[0.15, 0.8], reuse=2, store_start=False)
 # (label, steps) -> the paper's numbers, by the names of our columns
 PAPER = {
     "coco2017-512": {  # Tables 2 and 3
@@ -100,6 +102,8 @@ PAPER = {
         ("LCM + Reflected + DDIL", 4): {"FID": 22.86, "CLIP": 0.309, "LPIPS diversity": 0.59},
         ("LCM-LoRA", 4): {"FID": 36.46, "CLIP": 0.291, "LPIPS diversity": 0.61},
         ("SSD1B", 20): {"FID": 30.23, "CLIP": 0.336, "HPSv2": 0.297, "LPIPS diversity": 0.48},
+        ("SSD1B-LCM", 4): {"FID": 35.23, "CLIP": 0.311, "HPSv2": 0.282, "LPIPS diversity": 0.45},
+        ("DMD2 b64", 4): {"FID": 26.56, "CLIP": 0.337, "HPSv2": 0.309, "LPIPS diversity": 0.49},
         ("DMD2", 4): {"FID": 31.77, "CLIP": 0.320, "HPSv2": 0.302, "LPIPS diversity": 0.52},
         ("DMD2 + Reflected", 4): {"FID": 29.32, "CLIP": 0.323, "HPSv2": 0.302, "LPIPS diversity": 0.51},
         ("DMD2 + Reflected + DDIL", 4): {"FID": 27.72, "CLIP": 0.326, "HPSv2": 0.304, "LPIPS diversity": 0.51},
@@ -202,6 +206,9 @@ def check_args(args) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 METHODS = {"pd_ddil": "PD", "lcm_ddil": "LCM", "dmd2_ddil": "DMD2"}
+RECIPE_METHODS = {  # of recipes that train another model than the paper's rows of the method show
+    ("lcm_ddil", "ssd1b"): "SSD1B-LCM", ("dmd2_ddil", "ssd1b_oracle"): "DMD2 b64", ("dmd2_ddil", "sd15"): "SD1.5-DMD2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -237,15 +244,19 @@ def run_of(path: Path) -> tuple[Path, str, dict] | None:
 
 
 def label_of(script: str, config: dict, stage: str) -> str:
-    """The row's name, as in the paper's tables."""
+    """The row's name, as in the paper's tables; what has no row there gets a name of its own."""
     if stage in ("v", "gc"):
         return f"SD({stage})"
-    if script == "pd_ddil":
-        return "PD" if min(config["p_forward"]) == 1 else "PD + DDIL"  # both of them reflected, by default
+    gain = " + control" if config.get("forward_control") else " + DDIL"
+    if script == "pd_ddil":  # reflected, by default
+        gain = "" if min(config["p_forward"]) == 1 else gain
+        others = {name: value for name, usual in PD_PRIORS.items() if gain and (value := config[name]) != usual}
+        settings = [f"{name} {json.dumps(value).strip('[]')}" for name, value in others.items()]
+        return ", ".join(["PD" + gain, *["not reflected"] * (config["reflect"] == "none"), *settings])
     plain = {"lcm_ddil": "forward", "dmd2_ddil": "student"}[script]
-    name = METHODS[script] + "-LoRA" * bool(config.get("lora_rank"))
+    name = RECIPE_METHODS.get((script, config.get("recipe")), METHODS[script]) + "-LoRA" * bool(config.get("lora_rank"))
     is_plain = min(priors_of(argparse.Namespace(**config))[plain]) == 1
-    return name + " + Reflected" * (config["reflect"] != "none") + " + DDIL" * (not is_plain)
+    return name + " + Reflected" * (config["reflect"] != "none") + gain * (not is_plain)
 
 
 def candidates_of(args) -> list[Candidate]:

@@ -1,6 +1,7 @@
 """evaluate.py: images that depend on nothing but their own seed, metrics against closed forms, torch-fidelity and slow
 references, networks of the real code path with random weights, covariate shift, and what is refused."""
 
+import importlib
 import json
 import math
 import shutil
@@ -662,7 +663,6 @@ def test_runs_of_one_label_are_averaged_beside_the_paper(tmp_path, pd_run, gc_fo
 
 
 @pytest.mark.parametrize("script, config, stage, label", [
-    ("pd_ddil", {"p_forward": [0.75, 0.5]}, "pipeline", "PD + DDIL"), ("pd_ddil", {"p_forward": [1.0]}, "4", "PD"),
     ("pd_ddil", {"p_forward": [1.0]}, "gc", "SD(gc)"),
     ("lcm_ddil", {"p_forward": [1.0], "p_teacher": [0.0], "p_student": None, "reflect": "none", "lora_rank": 0}, "pipeline", "LCM"),
     ("lcm_ddil", {"p_forward": [1.0], "p_teacher": [0.0], "p_student": None, "reflect": "none", "lora_rank": 8}, "pipeline", "LCM-LoRA"),
@@ -672,6 +672,21 @@ def test_runs_of_one_label_are_averaged_beside_the_paper(tmp_path, pd_run, gc_fo
 ])  # fmt: skip
 def test_labels_are_the_paper_s(script, config, stage, label):
     assert evaluate.label_of(script, config, stage) == label
+
+
+@pytest.mark.parametrize("script, flags, label", [
+    ("pd_ddil", "", "PD + DDIL"), ("pd_ddil", "--p_forward 1 --reuse 3", "PD"),
+    ("pd_ddil", "--reflect none", "PD + DDIL, not reflected"), ("pd_ddil", "--forward_control", "PD + control"),
+    ("pd_ddil", "--student_rate 0", "PD + DDIL, student_rate 0.0"), ("pd_ddil", "--reuse 0.5", "PD + DDIL, reuse 0.5"),
+    ("pd_ddil", "--p_forward 0 .5 --store_start", "PD + DDIL, p_forward 0.0, 0.5, store_start true"),
+    ("pd_ddil", "--recipe sd15", "PD + DDIL"), ("lcm_ddil", "--recipe sd15", "LCM + Reflected + DDIL"),
+    ("lcm_ddil", "--recipe ssd1b --p_forward 1 --reflect none", "SSD1B-LCM"), ("lcm_ddil", "--forward_control", "LCM + Reflected + control"),
+    ("dmd2_ddil", "--recipe ssd1b_oracle --student_init z", "DMD2 b64"), ("dmd2_ddil", "--recipe ssd1b --p_student 1 --reflect none", "DMD2"),
+    ("dmd2_ddil", "--recipe ssd1b", "DMD2 + Reflected + DDIL"), ("dmd2_ddil", "--recipe sd15 --p_student 1", "SD1.5-DMD2 + Reflected"),
+])  # fmt: skip
+def test_labels_tell_recipes_and_arms_apart(script, flags, label):
+    args = importlib.import_module(script).parse_args(["--teacher", "x", "--data", "y", *flags.split()])
+    assert evaluate.label_of(script, json.loads(json.dumps(vars(args))), "pipeline") == label
 
 
 def test_settings_come_from_the_run(pd_run):
