@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, islice, pairwise
@@ -648,6 +648,22 @@ def fit_square(image, size: int):
     return ImageOps.fit(image, (size, size), Image.LANCZOS)
 
 
+def samples_of(columns: dict[str, Sequence]) -> list[dict]:
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def decode(row: dict, size: int) -> tuple[str | None, dict]:
+    """(why an undecoded row cannot be trained on, or None; its copy with "pixels" [H, W, 3] uint8, what is trained on of its
+    image, and the image's own height and width)."""
+    import numpy as np
+
+    reason = reason_against(row := dict(row))
+    if reason is None and "image" in row:
+        image = row.pop("image")
+        row |= {"pixels": np.asarray(fit_square(image, size)), "height_width": (image.height, image.width)}
+    return reason, row
+
+
 def check_images(dataset, size: int, sheet: Path) -> Counter:
     """Counts of samples: "usable", or the reason why one cannot be trained on. The first eight usable images and their
     captions are drawn to the PNG file `sheet`."""
@@ -692,7 +708,8 @@ class LatentData:
         self.vae, self.scaling = pipe.vae.to(prompts.device), pipe.vae.config.scaling_factor
         self.shape = latent_shape(pipe)
         self.size = self.shape[1] * pipe.vae_scale_factor
-        self.seen, self.unusable, self.threads = 0, Counter(), ThreadPoolExecutor()  # images are decoded and resized side by side
+        self.seen, self.unusable = 0, Counter()
+        self.threads, self.ahead = ThreadPoolExecutor(), {}  # images are decoded side by side, those of the next batch ahead
         self.open(cache)
 
     def open(self, cache: bool) -> None:
@@ -717,7 +734,7 @@ class LatentData:
         import datasets
 
         def encode(rows: dict) -> dict:
-            samples = self.usable([dict(zip(rows, values)) for values in zip(*rows.values())])
+            samples = self.usable(self.decoding(samples_of(rows)))
             if not samples:
                 return {"moments": [], "ids": []}
             moments, ids = self.encode_samples(samples)
@@ -765,9 +782,13 @@ class LatentData:
     def reasons(self) -> str:
         return ", ".join(f"{n} x {reason}" for reason, n in self.unusable.items()) or "no sample at all"
 
-    def usable(self, samples: list[dict]) -> list[dict]:
-        """The undecoded samples that can be trained on, decoded. SystemExit where too many cannot."""
-        reasons = [*self.threads.map(reason_against, samples)]
+    def decoding(self, samples: list[dict]) -> list[Future]:
+        """Undecoded samples on their way through `decode`."""
+        return [self.threads.submit(decode, sample, self.size) for sample in samples]
+
+    def usable(self, decoding: list[Future]) -> list[dict]:
+        """The decoded samples that can be trained on. SystemExit where too many cannot."""
+        reasons, samples = zip(*[future.result() for future in decoding])
         self.seen += len(samples)
         before = self.unusable.total()
         self.unusable.update(reason for reason in reasons if reason)
@@ -783,22 +804,19 @@ class LatentData:
         """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of decoded samples."""
         import numpy as np
 
-        images, n = [sample["image"] for sample in samples], self.size
-        fitted = self.threads.map(lambda image: np.asarray(fit_square(image, n)), images)
-        original = torch.tensor([[image.height, image.width] for image in images])  # [B, 2]
+        n, original = self.size, torch.tensor([sample["height_width"] for sample in samples])  # [B, 2]
         corners = ((original * n / original.amin(dim=1, keepdim=True)).round() - n) // 2  # of the crop, in the image as it is scaled
         sizes = torch.cat([original, corners.long(), torch.full_like(original, n)], dim=1)
-        pixels = torch.from_numpy(np.stack([*fitted])).permute(0, 3, 1, 2)  # [B, 3, H, W] uint8
+        pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples])).permute(0, 3, 1, 2)  # [B, 3, H, W] uint8
         moments = []
         for part in pixels.split(16):  # the VAE's activations at full resolution are large
             posterior = self.vae.encode(part.to(self.prompts.device) / 127.5 - 1).latent_dist
             moments.append(torch.stack([posterior.mean, posterior.std], dim=1))
         return torch.cat(moments), self.prompts.tokenize([sample["caption"] for sample in samples], sizes)
 
-    def read(self, rows: Tensor, raw) -> list[dict]:
-        """Usable samples, as many as rows."""
-        columns = raw[rows.tolist()]
-        samples = self.usable([dict(zip(columns, values)) for values in zip(*columns.values())])
+    def usable_rows(self, rows: Tensor, decoding: list[Future]) -> list[dict]:
+        """The usable samples among rows, repeated to be as many as rows."""
+        samples = self.usable(decoding)
         if not samples:
             raise SystemExit(f"--data: none of the rows {rows.tolist()} can be used: {self.reasons()}")
         return [samples[i % len(samples)] for i in range(len(rows))]
@@ -806,7 +824,8 @@ class LatentData:
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of rows."""
         if self.cache is None:
-            return self.encode_samples(self.read(rows, self.raw))
+            decoding = self.ahead.pop(tuple(rows.tolist()), None) or self.decoding(samples_of(self.raw[rows.tolist()]))
+            return self.encode_samples(self.usable_rows(rows, decoding))
         columns = self.cache[rows.tolist()]
         moments = torch.from_numpy(columns["moments"]).unflatten(1, (2, *self.shape))
         return moments.to(self.prompts.device), self.unflatten_ids(columns["ids"])
@@ -822,9 +841,17 @@ class LatentData:
         moments, ids = self.encode(rows)
         return self.draw(moments, generator), ids
 
+    def look_ahead(self) -> None:
+        """Begins to decode the images of the next batch, while the device trains on this one."""
+        rows = self.rows(self.k)
+        self.ahead = {tuple(rows.tolist()): self.decoding(samples_of(self.raw[rows.tolist()]))}
+
     def next(self) -> tuple[Tensor, Tensor]:
         self.k += 1
-        return self.sample(self.rows(self.k - 1), self.generator)
+        batch = self.sample(self.rows(self.k - 1), self.generator)
+        if self.cache is None:
+            self.look_ahead()
+        return batch
 
     def next_ids(self) -> Tensor:
         """The captions of the next batch without its images: the prompts of a rollout."""
@@ -832,7 +859,11 @@ class LatentData:
         rows = self.rows(self.k - 1)
         if self.cache is not None:
             return self.prompts.with_sizes(self.unflatten_ids(self.cache.select_columns("ids")[rows.tolist()]["ids"]))
-        return self.prompts.tokenize([sample["caption"] for sample in self.read(rows, self.dataset.select_columns("caption"))])
+        captions = samples_of(self.dataset.select_columns("caption")[rows.tolist()])
+        ids = self.prompts.tokenize([sample["caption"] for sample in self.usable_rows(rows, self.decoding(captions))])
+        if self.ahead:  # batches of images are asked for, too
+            self.look_ahead()
+        return ids
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
         """Of n random samples, or of all if there are fewer; the same on all ranks."""
@@ -892,22 +923,33 @@ class StreamedData(LatentData):
             if self.place == len(self.block):
                 self.read_block()
             part = self.block[self.place : self.place + self.batch_size - len(samples)]
+            ahead = self.ahead.pop((self.blocks, self.place), None) if need_images else None
+            part = part if need_images else [{"caption": sample["caption"]} for sample in part]
             self.place += len(part)
-            samples += self.usable([dict(sample) if need_images else {"caption": sample["caption"]} for sample in part])
+            samples += self.usable(ahead or self.decoding(part))
         return samples
+
+    def look_ahead(self) -> None:
+        """What is left of the block, at most."""
+        part = self.block[self.place : self.place + self.batch_size]
+        self.ahead = {(self.blocks, self.place): self.decoding(part)}
 
     def next(self) -> tuple[Tensor, Tensor]:
         moments, ids = self.encode_samples(self.next_samples(need_images=True))
+        self.look_ahead()
         return self.draw(moments, self.generator), ids
 
     def next_ids(self) -> Tensor:
-        return self.prompts.tokenize([sample["caption"] for sample in self.next_samples(need_images=False)])
+        ids = self.prompts.tokenize([sample["caption"] for sample in self.next_samples(need_images=False)])
+        if self.ahead:
+            self.look_ahead()
+        return ids
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
         """Of the first usable samples of the whole stream, the same on all ranks."""
         latents, stream = [], iter(undecoded(self.dataset).take(n))
         while samples := list(islice(stream, self.batch_size)):
-            if samples := self.usable(samples):
+            if samples := self.usable(self.decoding(samples)):
                 latents.append(self.draw(self.encode_samples(samples)[0], generator))
         return torch.cat(latents)
 

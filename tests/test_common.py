@@ -916,6 +916,29 @@ def test_support_is_the_same_on_all_ranks(streaming, teacher_folder, data_folder
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_images_are_decoded_ahead(streaming, teacher_folder, data_folder, monkeypatch):
+    """Those of the next batch while this one is trained on: once each, without a change to what comes, and not for prompts alone."""
+    decoded, decode = [], common.decode
+    monkeypatch.setattr(common, "decode", lambda row, size: decoded.append(row["caption"] if "image" in row else None) or decode(row, size))
+    data, _ = open_kind("imagefolder", streaming, data_folder, teacher_folder, n_ranks=1)
+    data.next_ids()
+    assert set(decoded) == {None}
+    decoded.clear()
+    batches = []
+    for i in range(4):
+        batches += captions_of(data, 1)
+        [future.result() for futures in data.ahead.values() for future in futures]
+        assert len(decoded) == 4 * (i + 2)
+    assert [caption.replace(" ", "") for caption in decoded[:16]] == batches
+    data.next_ids()  # takes the place of what was decoded ahead
+    fresh, _ = open_kind("imagefolder", streaming, data_folder, teacher_folder, n_ranks=1)
+    for _ in range(6):
+        fresh.next_ids()
+    (_, ids), (_, expected) = data.next(), fresh.next()
+    assert torch.equal(ids, expected)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_unusable_samples_are_skipped_and_reported(streaming, tmp_path, teacher_folder, data_folder, capsys):
     folder = tmp_path / "data"
     shutil.copytree(data_folder, folder)
