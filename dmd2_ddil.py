@@ -659,7 +659,12 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
     """Teacher, student and critic, the latter two under the engine; from a checkpoint if there is one."""
     args, accelerator, device, pipes = run.args, run.accelerator, run.accelerator.device, run.pipes
     prediction_type = {name: pipe.scheduler.config.prediction_type for name, pipe in pipes.items()}
-    student_unet, fake_unet = (copy.deepcopy(pipes[name].unet) for name in ("student", "fake"))
+
+    def unet_of(name: str):
+        is_shared = sum(pipe is pipes[name] for pipe in pipes.values()) > 1
+        return copy.deepcopy(pipes[name].unet) if is_shared else pipes[name].unet
+
+    student_unet, fake_unet = unet_of("student"), unet_of("fake")
     for unet in (student_unet, fake_unet):
         unet.requires_grad_(True).train()
         if args.gradient_checkpointing:
@@ -674,7 +679,7 @@ def prepare(run: Run, checkpoint: Path | None) -> tuple[Networks, Trained, Train
 
     for name in ("student", "fake"):
         if pipes[name] is not pipes["teacher"]:
-            pipes[name].unet = None  # has been copied
+            pipes[name].unet = None  # is trained, or has been copied
     if args.compile:
         compile_networks(student_unet, fake_unet, pipes["teacher"].unet)
     network = model(pipes["teacher"].unet.to(device, half), "teacher")
@@ -707,6 +712,8 @@ def load_pipes(args) -> dict:
             loaded[path] = load_pipeline(path, flag)
             check_fit(loaded[args.teacher], loaded[path], flag, path)
         pipes[name] = loaded[path]
+        if pipes[name] is not pipes["teacher"]:  # whose VAE and text encoders serve all
+            pipes[name].vae = pipes[name].text_encoder = pipes[name].text_encoder_2 = None
     if args.gan_weight and pipes["fake"].unet.mid_block is None:
         raise SystemExit(f"--fake_init {args.fake_init or args.teacher}: its UNet has no mid block, which the GAN looks at; take --gan_weight 0")
     return pipes
