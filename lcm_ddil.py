@@ -573,6 +573,8 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     if args.dry_run or args.check_data:
         return None
 
+    if max(priors_of(args)["forward"]) == 0 and not args.store_start:
+        accelerator.print("warning: without forward diffusion nothing is trained at 999, where sampling starts; --store_start adds it")
     check_memory(memory_of(args, pipe, accelerator))
     out = Path(args.output_dir)
     set_seed(args.seed, device_specific=True)

@@ -651,6 +651,8 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     if args.dry_run or args.check_data:
         return None, phases
 
+    if max(args.p_forward) == 0 and not args.store_start:
+        accelerator.print("warning: without forward diffusion nothing is trained at 999, where sampling starts; --store_start adds it")
     check_memory(memory_of(args, pipe, accelerator))
     out = Path(args.output_dir)
     set_seed(args.seed, device_specific=True)

@@ -191,6 +191,12 @@ def test_a_rollout_stops_at_any_point_of_three_to_five_steps(make_run, start):
         assert abs(share - 1 / 3 / (n - (not start))) < 0.03
 
 
+@pytest.mark.parametrize("flags, warned", [("--p_forward 0", True), ("--p_forward 0 --store_start", False), ("--p_forward 0 .5", False)])
+def test_priors_that_leave_the_start_untrained_are_told(flags, warned, make_run, capsys):
+    make_run(*flags.split())
+    assert ("nothing is trained at 999" in capsys.readouterr().out) == warned
+
+
 def test_control_has_forward_diffusion_at_the_timesteps_of_rollouts(make_run, monkeypatch):
     """[D16] What --forward_control trains on in the trajectories' share differs from them in the latents alone."""
     run, nets, *_ = make_run("--forward_control")

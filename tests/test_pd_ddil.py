@@ -323,6 +323,12 @@ def test_stored_targets_spare_the_teacher(make_run):
     assert (nets.teacher.samples, nets.rolling.samples) == (spent[0] + 2 * 4, spent[1])
 
 
+@pytest.mark.parametrize("flags, warned", [("--p_forward 0", True), ("--p_forward 0 --store_start", False), ("--p_forward 0 .5", False)])
+def test_priors_that_leave_the_start_untrained_are_told(flags, warned, make_run, capsys):
+    make_run(*flags.split())
+    assert ("nothing is trained at 999" in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize("start", [False, True])
 def test_control_has_forward_diffusion_at_the_timesteps_of_d_dagger(start, make_run, monkeypatch):
     """[D16] What --forward_control trains on in D_DAgger's share differs from it in the latents alone."""
