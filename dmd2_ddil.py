@@ -500,10 +500,10 @@ def backward(run: Run, losses: Tensor, who: str) -> None:
     run.progress["forwards"] += 2 * len(losses)  # the backward pass; forwards are counted by the networks
 
 
-def unsynced(accelerator: Accelerator, trained: Trained):
-    """Around a mini-batch that is not an update's last: ranks do not exchange gradients. With shards they do, or each would
-    hold a whole gradient."""
-    return nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(trained.network)
+def sync_at_last(accelerator: Accelerator, trained: Trained, is_last: bool):
+    """Around a mini-batch: ranks exchange gradients at the last of an update alone. With shards they do at each, or each rank
+    would hold a whole gradient."""
+    return nullcontext() if is_last or accelerator.is_fsdp2 else accelerator.no_sync(trained.network)
 
 
 def finish_update(run: Run, trained: Trained, who: str) -> None:
@@ -530,7 +530,7 @@ def iterate(
     for i in range(last + 1):
         x, cond = run.batch(source)
         z_t, t = student_input(run, nets, source, movers, x, cond)
-        with unsynced(accelerator, student) if i < last else nullcontext(), torch.set_grad_enabled(update_student):
+        with sync_at_last(accelerator, student, i == last), torch.set_grad_enabled(update_student):
             x_hat = consistency_function(schedule, nets.student if update_student else nets.rolling, z_t, t, cond)
             x_g = reflect_value(x_hat, run.support)
             if update_student:
@@ -549,7 +549,7 @@ def iterate(
         finish_update(run, student, "student")
 
     for i, (x_g, x, cond) in enumerate(made):
-        with unsynced(accelerator, critic) if i < last else nullcontext():
+        with sync_at_last(accelerator, critic, i == last):
             losses, notes = critic_step(schedule, nets.fake, nets.judge, x_g, x, cond, args.critic_gan_weight, noise)
             backward(run, losses, "critic")
         run.progress["forwards"] += 4 * ENCODER * len(losses) * (nets.judge is not None)  # back through twice as many samples
