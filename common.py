@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -734,7 +734,7 @@ class LatentData:
         import datasets
 
         def encode(rows: dict) -> dict:
-            samples = self.usable(self.decoding(samples_of(rows)))
+            samples = self.usable(map(Future.result, self.decoding(samples_of(rows))))
             if not samples:
                 return {"moments": [], "ids": []}
             moments, ids = self.encode_samples(samples)
@@ -786,9 +786,9 @@ class LatentData:
         """Undecoded samples on their way through `decode`."""
         return [self.threads.submit(decode, sample, self.size) for sample in samples]
 
-    def usable(self, decoding: list[Future]) -> list[dict]:
-        """The decoded samples that can be trained on. SystemExit where too many cannot."""
-        reasons, samples = zip(*[future.result() for future in decoding])
+    def usable(self, decoded: Iterable[tuple[str | None, dict]]) -> list[dict]:
+        """The samples that can be trained on, of what `decode` gave. SystemExit where too many cannot."""
+        reasons, samples = zip(*decoded)
         self.seen += len(samples)
         before = self.unusable.total()
         self.unusable.update(reason for reason in reasons if reason)
@@ -814,9 +814,9 @@ class LatentData:
             moments.append(torch.stack([posterior.mean, posterior.std], dim=1))
         return torch.cat(moments), self.prompts.tokenize([sample["caption"] for sample in samples], sizes)
 
-    def usable_rows(self, rows: Tensor, decoding: list[Future]) -> list[dict]:
+    def usable_rows(self, rows: Tensor, decoded: Iterable[tuple[str | None, dict]]) -> list[dict]:
         """The usable samples among rows, repeated to be as many as rows."""
-        samples = self.usable(decoding)
+        samples = self.usable(decoded)
         if not samples:
             raise SystemExit(f"--data: none of the rows {rows.tolist()} can be used: {self.reasons()}")
         return [samples[i % len(samples)] for i in range(len(rows))]
@@ -825,7 +825,7 @@ class LatentData:
         """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of rows."""
         if self.cache is None:
             decoding = self.ahead.pop(tuple(rows.tolist()), None) or self.decoding(samples_of(self.raw[rows.tolist()]))
-            return self.encode_samples(self.usable_rows(rows, decoding))
+            return self.encode_samples(self.usable_rows(rows, map(Future.result, decoding)))
         columns = self.cache[rows.tolist()]
         moments = torch.from_numpy(columns["moments"]).unflatten(1, (2, *self.shape))
         return moments.to(self.prompts.device), self.unflatten_ids(columns["ids"])
@@ -860,10 +860,8 @@ class LatentData:
         if self.cache is not None:
             return self.prompts.with_sizes(self.unflatten_ids(self.cache.select_columns("ids")[rows.tolist()]["ids"]))
         captions = samples_of(self.dataset.select_columns("caption")[rows.tolist()])
-        ids = self.prompts.tokenize([sample["caption"] for sample in self.usable_rows(rows, self.decoding(captions))])
-        if self.ahead:  # batches of images are asked for, too
-            self.look_ahead()
-        return ids
+        samples = self.usable_rows(rows, [decode(row, self.size) for row in captions])  # not behind images in the threads' queue
+        return self.prompts.tokenize([sample["caption"] for sample in samples])
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
         """Of n random samples, or of all if there are fewer; the same on all ranks."""
@@ -923,10 +921,12 @@ class StreamedData(LatentData):
             if self.place == len(self.block):
                 self.read_block()
             part = self.block[self.place : self.place + self.batch_size - len(samples)]
-            ahead = self.ahead.pop((self.blocks, self.place), None) if need_images else None
-            part = part if need_images else [{"caption": sample["caption"]} for sample in part]
+            if need_images:
+                decoded = map(Future.result, self.ahead.pop((self.blocks, self.place), None) or self.decoding(part))
+            else:
+                decoded = [decode({"caption": sample["caption"]}, self.size) for sample in part]
             self.place += len(part)
-            samples += self.usable(ahead or self.decoding(part))
+            samples += self.usable(decoded)
         return samples
 
     def look_ahead(self) -> None:
@@ -940,16 +940,13 @@ class StreamedData(LatentData):
         return self.draw(moments, self.generator), ids
 
     def next_ids(self) -> Tensor:
-        ids = self.prompts.tokenize([sample["caption"] for sample in self.next_samples(need_images=False)])
-        if self.ahead:
-            self.look_ahead()
-        return ids
+        return self.prompts.tokenize([sample["caption"] for sample in self.next_samples(need_images=False)])
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
         """Of the first usable samples of the whole stream, the same on all ranks."""
         latents, stream = [], iter(undecoded(self.dataset).take(n))
         while samples := list(islice(stream, self.batch_size)):
-            if samples := self.usable(self.decoding(samples)):
+            if samples := self.usable(map(Future.result, self.decoding(samples))):
                 latents.append(self.draw(self.encode_samples(samples)[0], generator))
         return torch.cat(latents)
 

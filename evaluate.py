@@ -85,8 +85,12 @@ PAIRED_PROMPTS = 256
 NEIGHBOURS = 5  # k of coverage
 FEATURES_KEPT = 10_000  # for coverage; all other statistics are streamed
 
-# The priors of the paper's PD + DDIL (App. A, [D16], [D17]): other ones make a row of their own.
-PD_PRIORS = dict(p_forward=[0.75, 0.5], student_rate=[0.15, 0.8], reuse=2, store_start=False)
+# What the paper's rows of DDIL were trained with (App. A, [D12], [D16], [D17], [D19]): other settings make a row of their own.
+PAPER_ARMS = {
+    "pd_ddil": dict(p_forward=[0.75, 0.5], student_rate=[0.15, 0.8], reuse=2, store_start=False),
+    "lcm_ddil": dict(p_forward=[0.75, 0.5], p_teacher=[0.0], p_student=None, store_start=False),
+    "dmd2_ddil": dict(p_forward=[0.0], p_teacher=None, p_student=None, mixed_rollout=False),
+}
 # (label, steps) -> the paper's numbers, by the names of our columns
 PAPER = {
     "coco2017-512": {  # Tables 2 and 3
@@ -247,16 +251,21 @@ def label_of(script: str, config: dict, stage: str) -> str:
     """The row's name, as in the paper's tables; what has no row there gets a name of its own."""
     if stage in ("v", "gc"):
         return f"SD({stage})"
-    gain = " + control" if config.get("forward_control") else " + DDIL"
-    if script == "pd_ddil":  # reflected, by default
-        gain = "" if min(config["p_forward"]) == 1 else gain
-        others = {name: value for name, usual in PD_PRIORS.items() if gain and (value := config[name]) != usual}
-        settings = [f"{name} {json.dumps(value).strip('[]')}" for name, value in others.items()]
-        return ", ".join(["PD" + gain, *["not reflected"] * (config["reflect"] == "none"), *settings])
-    plain = {"lcm_ddil": "forward", "dmd2_ddil": "student"}[script]
-    name = RECIPE_METHODS.get((script, config.get("recipe")), METHODS[script]) + "-LoRA" * bool(config.get("lora_rank"))
-    is_plain = min(priors_of(argparse.Namespace(**config))[plain]) == 1
-    return name + " + Reflected" * (config["reflect"] != "none") + gain * (not is_plain)
+    if script == "pd_ddil":  # the paper's are reflected
+        name, is_plain, settings = "PD", min(config["p_forward"]) == 1, ["not reflected"] * (config["reflect"] == "none")
+    else:
+        name = RECIPE_METHODS.get((script, config.get("recipe")), METHODS[script]) + "-LoRA" * bool(config.get("lora_rank"))
+        name += " + Reflected" * (config["reflect"] != "none")
+        plain = {"lcm_ddil": "forward", "dmd2_ddil": "student"}[script]
+        is_plain, settings = min(priors_of(argparse.Namespace(**config))[plain]) == 1, []
+    if not is_plain:
+        is_control = config.get("forward_control")
+        name += " + control" if is_control else " + DDIL"
+        for flag, usual in PAPER_ARMS[script].items():
+            value = config.get(flag, usual)
+            if value != usual and not (is_control and flag in ("student_rate", "reuse")):  # which are of trajectories
+                settings.append(f"{flag} {json.dumps(value).strip('[]')}")
+    return ", ".join([name, *settings])
 
 
 def candidates_of(args) -> list[Candidate]:

@@ -144,7 +144,8 @@ def check_args(args) -> None:
         if off:
             raise SystemExit(f"--{name} {off[0]}: the sampler's timesteps would leave the solver grid; give {low} to {n} steps")
     check_shared_flags(args, priors=("p_forward", "p_teacher", "p_student"))
-    priors_of(args)
+    if min(priors_of(args)["forward"]) == 1 and args.forward_control:
+        raise SystemExit(f"--forward_control: with --p_forward {args.p_forward} there are no rollouts to replace; this is plain LCM")
     for name in ("learning_rate", "huber_c"):
         if not 0 < getattr(args, name) < float("inf"):
             raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0 and finite")
@@ -566,6 +567,8 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     dataset, held_out = load_images(
         args.data, streaming=args.streaming, image_column=args.image_column, caption_column=args.caption_column
     )
+    if max(priors_of(args)["forward"]) == 0 and not args.store_start:
+        accelerator.print("warning: nothing is trained at 999, where sampling starts: --store_start or a --p_forward above 0 adds it")
     if args.dry_run and accelerator.is_main_process:
         print(describe(args, pipe, count_of(dataset), accelerator))
     if args.check_data:
@@ -573,8 +576,6 @@ def setup(args, accelerator: Accelerator) -> Run | None:
     if args.dry_run or args.check_data:
         return None
 
-    if max(priors_of(args)["forward"]) == 0 and not args.store_start:
-        accelerator.print("warning: without forward diffusion nothing is trained at 999, where sampling starts; --store_start adds it")
     check_memory(memory_of(args, pipe, accelerator))
     out = Path(args.output_dir)
     set_seed(args.seed, device_specific=True)

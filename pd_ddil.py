@@ -145,6 +145,8 @@ def check_args(args) -> None:
             raise SystemExit(f"--{name} {getattr(args, name)}: give one value, or one for each of the two parts")
     if len(args.learning_rate) > 2 or not all(0 < value < float("inf") for value in args.learning_rate):
         raise SystemExit(f"--learning_rate {args.learning_rate}: give one or two values, > 0 and finite")
+    if args.forward_control and min(args.p_forward) == 1:
+        raise SystemExit(f"--forward_control: with --p_forward {args.p_forward} there are no trajectories to replace; this is plain PD")
     for name in ("reuse", "buffer_size", "eval_prompts"):
         if not 0 < getattr(args, name) < float("inf"):
             raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0 and finite")
@@ -644,6 +646,9 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
         args.data, streaming=args.streaming, image_column=args.image_column, caption_column=args.caption_column
     )
     phases = plan_phases(args, prediction_type, has_w)
+    if not args.store_start and (blind := [phase.name for phase in phases if max(phase.p_forward) == 0]):
+        accelerator.print(f"warning: nothing is trained at 999, where sampling starts, in phase {', '.join(blind)}: --store_start or a "
+                          "--p_forward above 0 adds it")  # fmt: skip
     if args.dry_run and accelerator.is_main_process:
         print(describe(args, phases, pipe, count_of(dataset), accelerator))
     if args.check_data:
@@ -651,8 +656,6 @@ def setup(args, accelerator: Accelerator) -> tuple[Run | None, list[Phase]]:
     if args.dry_run or args.check_data:
         return None, phases
 
-    if max(args.p_forward) == 0 and not args.store_start:
-        accelerator.print("warning: without forward diffusion nothing is trained at 999, where sampling starts; --store_start adds it")
     check_memory(memory_of(args, pipe, accelerator))
     out = Path(args.output_dir)
     set_seed(args.seed, device_specific=True)

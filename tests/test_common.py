@@ -930,7 +930,8 @@ def test_images_are_decoded_ahead(streaming, teacher_folder, data_folder, monkey
         [future.result() for futures in data.ahead.values() for future in futures]
         assert len(decoded) == 4 * (i + 2)
     assert [caption.replace(" ", "") for caption in decoded[:16]] == batches
-    data.next_ids()  # takes the place of what was decoded ahead
+    data.next_ids()  # takes the place of what was decoded ahead, and decodes nothing more
+    assert decoded[20:] == [None] * 4
     fresh, _ = open_kind("imagefolder", streaming, data_folder, teacher_folder, n_ranks=1)
     for _ in range(6):
         fresh.next_ids()

@@ -535,7 +535,7 @@ def test_lcm_from_a_teacher_that_takes_w(tmp_path, gc_folder, data_folder):
     "--ema_decay 1", "--ema_decay -.1", "--prompt_dropout 2", "--global_batch_size 5 --batch_size 2", "--batch_size 0",
     "--reflect 0", "--reflect sometimes", "--recipe sd21", "--recipe sd15", "--updates 0", "--data no/such/folder",
     "--teacher no/such/folder", "--guidance_range 6 2", "--lora_rank 2 --guidance_range 1 2", "--warmup -1",
-    "--report_to nonsense",
+    "--report_to nonsense", "--forward_control --p_forward 1",
 ])  # fmt: skip
 def test_bad_lcm_flag_is_named(flags, tmp_path, teacher_folder, data_folder):
     base = ["--data", data_folder] if "sd15" in flags else ["--teacher", teacher_folder, "--data", data_folder]

@@ -323,10 +323,14 @@ def test_stored_targets_spare_the_teacher(make_run):
     assert (nets.teacher.samples, nets.rolling.samples) == (spent[0] + 2 * 4, spent[1])
 
 
-@pytest.mark.parametrize("flags, warned", [("--p_forward 0", True), ("--p_forward 0 --store_start", False), ("--p_forward 0 .5", False)])
-def test_priors_that_leave_the_start_untrained_are_told(flags, warned, make_run, capsys):
+@pytest.mark.parametrize("flags, blind", [
+    ("--p_forward 0", "8, 4"), ("--p_forward 0 --store_start", None), ("--p_forward 0 .5 --updates 8=2 4=2,2", "8"), ("", None),
+    ("--p_forward 0 --student_steps 1 --teacher_steps 2", None),
+])  # fmt: skip
+def test_phases_that_leave_the_start_untrained_are_told(flags, blind, make_run, capsys):
     make_run(*flags.split())
-    assert ("nothing is trained at 999" in capsys.readouterr().out) == warned
+    out = capsys.readouterr().out
+    assert "nothing is trained at 999" not in out if blind is None else f"sampling starts, in phase {blind}: --store_start" in out
 
 
 @pytest.mark.parametrize("start", [False, True])

@@ -365,6 +365,7 @@ BAD_FLAGS = """
     --teacher_steps 32 --student_steps 3   --p_forward 1.5                        --p_forward -0.1
     --p_forward nan                        --p_forward 0.5 0.5 0.5                --student_rate 2
     --student_rate -1                      --student_rate 1 1 1                   --p_forward 0.5 1.2
+    --forward_control --p_forward 1
     --batch_size 0                         --batch_size -2                        --global_batch_size 0
     --global_batch_size -4                 --learning_rate 0                      --learning_rate -0.001
     --learning_rate nan                    --learning_rate inf                    --global_batch_size 5 --batch_size 2
