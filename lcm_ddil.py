@@ -372,7 +372,7 @@ def losses_of(run: Run, source: str, nets: Networks) -> tuple[Tensor, Tensor]:
     args = run.args
     if source == "forward":
         z_t, t, cond = forward_batch(run, run.solver_grid)
-    elif args.forward_control:
+    elif args.forward_control:  # a rollout's timesteps without the rollout [D16]
         z_t, t, cond = forward_batch(run, draw_stop(run)[-1:])
     else:
         z_t, t, cond = (student_batch if source == "student" else teacher_batch)(run, nets)  # DDIL: Alg. 1 lines 4, 5

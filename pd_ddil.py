@@ -295,12 +295,13 @@ def expected_forwards(args, phases: list[Phase]) -> float:
     for phase in phases:
         for part, updates in enumerate(phase.updates):
             student, teacher = 3, 0 if phase.name == "v" else 2  # its guidance, or its two steps
-            p, rate, unstored = phase.p_forward[part], phase.student_rate[part], int(not args.store_start)
+            p, rate = phase.p_forward[part], phase.student_rate[part]
             if p < 1 and not args.forward_control:
                 # what a trajectory takes: the teacher is asked at each stored state, and moves the others alone
-                n = int(phase.name)
-                trajectory = unstored * (rate + 2 * (1 - rate)) + (n - 1 - unstored) * (2 + rate) + 2
-                teacher = p * teacher + (1 - p) * trajectory / (n - unstored) / args.reuse
+                stored = len(stored_intervals(args, int(phase.name)))
+                unstored = int(phase.name) - stored
+                trajectory = unstored * (rate + 2 * (1 - rate)) + (stored - 1) * (2 + rate) + 2
+                teacher = p * teacher + (1 - p) * trajectory / stored / args.reuse
             total += updates * args.global_batch_size * (student + teacher)
     return total
 
@@ -446,7 +447,7 @@ def losses_of(run: Run, phase: Phase, part: int, source: str, nets: Networks) ->
         return guidance_step(run.schedule, nets.student, nets.teacher, x, cond, run.support, run.noise)
     if source == "forward":
         z_t, z_s, t, s, cond = forward_batch(run, nets, range(int(phase.name)))
-    elif run.args.forward_control:
+    elif run.args.forward_control:  # D_DAgger's timesteps without its trajectories [D16]
         z_t, z_s, t, s, cond = forward_batch(run, nets, stored_intervals(run.args, int(phase.name)))
     else:
         z_t, z_s, t, s, cond = dagger_batch(run, nets, phase.student_rate[part])  # DDIL: Alg. 3 line 4

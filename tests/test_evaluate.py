@@ -663,7 +663,8 @@ def test_runs_of_one_label_are_averaged_beside_the_paper(tmp_path, pd_run, gc_fo
 
 
 @pytest.mark.parametrize("script, config, stage, label", [
-    ("pd_ddil", {"p_forward": [1.0]}, "gc", "SD(gc)"),
+    ("pd_ddil", {"p_forward": [0.75, 0.5], "reflect": "measured"}, "pipeline", "PD + DDIL"),
+    ("pd_ddil", {"p_forward": [1.0], "reflect": "measured"}, "4", "PD"), ("pd_ddil", {"p_forward": [1.0]}, "gc", "SD(gc)"),
     ("lcm_ddil", {"p_forward": [1.0], "p_teacher": [0.0], "p_student": None, "reflect": "none", "lora_rank": 0}, "pipeline", "LCM"),
     ("lcm_ddil", {"p_forward": [1.0], "p_teacher": [0.0], "p_student": None, "reflect": "none", "lora_rank": 8}, "pipeline", "LCM-LoRA"),
     ("lcm_ddil", {"p_forward": [0.75, 0.5], "p_teacher": [0.0], "p_student": None, "reflect": "measured"}, "pipeline", "LCM + Reflected + DDIL"),
