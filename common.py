@@ -9,6 +9,7 @@ Glossary. z_t = alpha_t x + sigma_t eps with alpha_t^2 + sigma_t^2 = 1; v = alph
           alpha = 1 and sigma = 0. w is diffusers' guidance_scale [D10].
 """
 
+import argparse
 import csv
 import hashlib
 import json
@@ -962,6 +963,29 @@ def support_of(threshold: str, data: LatentData) -> Support:
 
 
 # --- runs: processes, arguments, folders, checkpoints ---
+
+
+def number(kind: type, wanted: str, is_ok: Callable) -> Callable:
+    """An argparse type: `kind` of the text, refused in argparse's own line where it is not what is wanted."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not is_ok(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, "a whole number > 0", lambda n: n > 0)
+natural_int = number(int, "a whole number >= 0", lambda n: n >= 0)
+seed_int = number(int, "a whole number from 0 to 2^31 - 1", lambda n: 0 <= n < 2**31)
+positive = number(float, "> 0 and finite", lambda x: 0 < x < math.inf)
+non_negative = number(float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
+share = number(float, "in [0, 1]", lambda x: 0 <= x <= 1)
 
 
 def learning_rate(update: int, updates: int, warmup: int, peak: float, decay: bool = True) -> float:
