@@ -16,18 +16,28 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Callable, Iterable, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Noise schedule
@@ -198,10 +208,18 @@ def student_rollout(
 
 @torch.no_grad()
 def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
-    schedule: NoiseSchedule, teacher: Model, student: Model, z: Tensor, teacher_grid: Sequence[int],
-    student_grid: Sequence[int], cond: dict, student_rate: float | Tensor, generator: torch.Generator,
-    support: Support = None, query: Sequence[int] | None = None,
-) -> tuple[list[Tensor], dict[int, Tensor], list[Tensor]]:  # fmt: skip
+    schedule: NoiseSchedule,
+    teacher: Model,
+    student: Model,
+    z: Tensor,
+    teacher_grid: Sequence[int],
+    student_grid: Sequence[int],
+    cond: dict,
+    student_rate: float | Tensor,
+    generator: torch.Generator,
+    support: Support = None,
+    query: Sequence[int] | None = None,
+) -> tuple[list[Tensor], dict[int, Tensor], list[Tensor]]:
     """Alg. 2: at each interval t -> s of the student's grid, each sample moves with the student (probability
     `student_rate`, the paper's beta; a tensor [B, intervals] gives each move its own, and 0 or 1 leave no choice) or with
     the teacher through its own grid points. Both grids end with CLEAN.
@@ -327,7 +345,7 @@ class TrajectoryBuffer:  # DDIL: Alg. 2 line 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Not the paper: models, data, bookkeeping
+# 5. Networks: SD1.x / 2.x and SDXL-family pipelines, in and out
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +366,9 @@ W_EMBEDDING_DIM = 256  # what diffusers' pipelines expect
 
 def with_w_embedding(unet):
     """A copy with the guidance embedding; its projection starts at zero, so the output is the same at first [D11]."""
-    config = {name: value for name, value in unet.config.items() if name != "_use_default_values"}  # it would undo the change
+    config = {
+        name: value for name, value in unet.config.items() if name != "_use_default_values"
+    }  # it would undo the change
     student = type(unet).from_config(config | {"time_cond_proj_dim": W_EMBEDDING_DIM})
     missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
@@ -412,7 +432,9 @@ def find_pipeline(name: str, flag: str) -> str:
     path = Path(name)
     is_hub_name = not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not is_hub_name and not (path / "model_index.json").is_file():
-        raise SystemExit(f"{flag} {name}: no pipeline folder (it must hold model_index.json), nor a hub name owner/name")
+        raise SystemExit(
+            f"{flag} {name}: no pipeline folder (it must hold model_index.json), nor a hub name owner/name"
+        )
     try:
         return diffusers.DiffusionPipeline.load_config(name, local_files_only=not is_hub_name)["_class_name"]
     except Exception as error:  # the libraries raise many kinds, all with a usable message
@@ -431,9 +453,13 @@ def open_pipeline(name: str, flag: str):
     for variant in (None, "fp16"):  # some are published in half precision alone
         try:
             pipe = getattr(diffusers, kind).from_pretrained(
-                name, use_safetensors=True, local_files_only=Path(name).exists(), dtype=torch.float32, variant=variant,
+                name,
+                use_safetensors=True,
+                local_files_only=Path(name).exists(),
+                dtype=torch.float32,
+                variant=variant,
                 **(extra if kind == "StableDiffusionPipeline" else {}),
-            )  # fmt: skip
+            )
             break
         except Exception as error:  # as above
             failures.append(error)
@@ -450,23 +476,40 @@ def load_pipeline(name: str, flag: str = "--teacher"):
     """A Stable Diffusion 1.x / 2.x or SDXL-family pipeline that we can distil; SystemExit with the reason if it is none."""
     pipe = open_pipeline(name, flag)
     if type(pipe).__name__ not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
-        raise SystemExit(f"{flag} {name}: {type(pipe).__name__} is not supported; Stable Diffusion and SDXL pipelines are")
+        raise SystemExit(
+            f"{flag} {name}: {type(pipe).__name__} is not supported; Stable Diffusion and SDXL pipelines are"
+        )
     config = pipe.scheduler.config
     is_vp = "beta_start" in config and config.get("num_train_timesteps") == 1000
     if not is_vp or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
         kind = type(pipe.scheduler).__name__
-        raise SystemExit(f"{flag} {name}: scheduler {kind} is not supported; its config must hold the betas of 1000 steps "
-                         "and predict epsilon, v_prediction or sample (EDM and flow matching do not)")  # fmt: skip
+        raise SystemExit(
+            f"{flag} {name}: scheduler {kind} is not supported; its config must hold the betas of 1000 steps "
+            "and predict epsilon, v_prediction or sample (EDM and flow matching do not)"
+        )
     unet, latent_channels = pipe.unet.config, pipe.vae.config.latent_channels
-    if not unet.in_channels == unet.out_channels == latent_channels or unet.class_embed_type or unet.encoder_hid_dim_type:
-        raise SystemExit(f"{flag} {name}: its UNet ({unet.in_channels} -> {unet.out_channels} channels, {latent_channels} latent "
-                         "ones) is not plain text-to-image: inpainting and image-conditioned ones are not supported")  # fmt: skip
+    if (
+        not unet.in_channels == unet.out_channels == latent_channels
+        or unet.class_embed_type
+        or unet.encoder_hid_dim_type
+    ):
+        raise SystemExit(
+            f"{flag} {name}: its UNet ({unet.in_channels} -> {unet.out_channels} channels, {latent_channels} latent "
+            "ones) is not plain text-to-image: inpainting and image-conditioned ones are not supported"
+        )
     return pipe
 
 
 def betas_of(pipe) -> dict:
     """The part of a scheduler's config that says what the noise is, and nothing of how it samples."""
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    names = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    )
     return {name: value for name, value in pipe.scheduler.config.items() if name in names}
 
 
@@ -482,18 +525,18 @@ def dpm_solver(pipe, prediction_type: str, order: int):
     from diffusers import DPMSolverMultistepScheduler
 
     return DPMSolverMultistepScheduler(
-        **betas_of(pipe), prediction_type=prediction_type, algorithm_type="dpmsolver++", solver_order=order,
-        timestep_spacing="linspace", final_sigmas_type="zero", steps_offset=1,  # the offset has no effect on linspace
-    )  # fmt: skip
+        **betas_of(pipe),
+        prediction_type=prediction_type,
+        algorithm_type="dpmsolver++",
+        solver_order=order,
+        timestep_spacing="linspace",
+        final_sigmas_type="zero",
+        steps_offset=1,  # the offset has no effect on linspace
+    )
 
 
 def text_encoders(pipe) -> list:
     return [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
-
-
-def frozen_parameters(pipe) -> int:
-    """Of VAE and text encoders, which no method trains."""
-    return sum(p.numel() for module in (pipe.vae, *text_encoders(pipe)) for p in module.parameters())
 
 
 def latent_shape(pipe) -> tuple[int, int, int]:
@@ -551,17 +594,30 @@ class PromptEncoder:
 
     def null(self) -> dict[str, Tensor]:
         """cond of the empty prompt, one row: the unconditional branch of guidance, as the pipeline makes it."""
-        null = {name: value for name, value in self.encode(self.tokenize([""])).items() if name != "time_ids"}  # those of the prompt stay
+        null = {
+            name: value for name, value in self.encode(self.tokenize([""])).items() if name != "time_ids"
+        }  # those of the prompt stay
         if self.zero_null:  # SDXL
             null |= {name: torch.zeros_like(null[name]) for name in ("prompt", "text_embeds")}
         return null
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Data
+# ----------------------------------------------------------------------------------------------------------------------
+
 HELD_OUT = 256  # captions, where the data have no test split
 
 
-def load_images(name: str, flag: str = "--data", need_images: bool = True, need_captions: bool = True, streaming: bool = False,
-                image_column: str | None = None, caption_column: str | None = None):  # fmt: skip
+def load_images(
+    name: str,
+    flag: str = "--data",
+    need_images: bool = True,
+    need_captions: bool = True,
+    streaming: bool = False,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+):
     """(training set, held-out captions): Hugging Face datasets with columns image and caption, from anything that
     `datasets.load_dataset` reads: a folder (parquet, imagefolder with metadata.jsonl, webdataset tars) or a hub name.
     Held out are the captions of the test / validation split; without one, of 256 rows, then not trained on.
@@ -581,7 +637,9 @@ def load_images(name: str, flag: str = "--data", need_images: bool = True, need_
         if column and column not in features:
             raise SystemExit(f"{what} {column}: {flag} {name} has the columns {list(features)}")
     images = [image_column] if image_column else [c for c, f in features.items() if isinstance(f, datasets.Image)]
-    captions = [caption_column] if caption_column else [c for c in ("caption", "text", "txt", "prompt") if c in features]
+    captions = (
+        [caption_column] if caption_column else [c for c in ("caption", "text", "txt", "prompt") if c in features]
+    )
     missing = ["images"] * (need_images and not images)
     missing += ["captions (a column caption, text, txt or prompt)"] * (need_captions and not captions)
     if missing:
@@ -597,7 +655,10 @@ def load_images(name: str, flag: str = "--data", need_images: bool = True, need_
         return columns(train), []
     held_out = next((splits[s] for s in ("test", "validation") if s in splits), None)
     if streaming:
-        prompts = [row["caption"] for row in columns(train if held_out is None else held_out).select_columns("caption").take(HELD_OUT)]
+        prompts = [
+            row["caption"]
+            for row in columns(train if held_out is None else held_out).select_columns("caption").take(HELD_OUT)
+        ]
         if held_out is None:
             train = train.skip(HELD_OUT)
             train._ex_iterable.split_when_sharding = False  # of each rank's files so many; not shared out among them
@@ -609,7 +670,9 @@ def load_images(name: str, flag: str = "--data", need_images: bool = True, need_
     if not prompts or not streaming and len(train) == 0:
         raise SystemExit(f"{flag} {name}: its {'training' if prompts else 'test'} split is empty")
     if not all(isinstance(prompt, str) for prompt in prompts):
-        raise SystemExit(f"{flag} {name}: row {[isinstance(p, str) for p in prompts].index(False)} of its test split has no caption")
+        raise SystemExit(
+            f"{flag} {name}: row {[isinstance(p, str) for p in prompts].index(False)} of its test split has no caption"
+        )
     return columns(train), prompts
 
 
@@ -617,10 +680,6 @@ def open_data(args, pipe, prompts, rank: int, n_ranks: int, generator: torch.Gen
     """The training data of a run, streamed or not."""
     kind = StreamedData if args.streaming else LatentData
     return kind(dataset, pipe, prompts, args.batch_size, args.seed, rank, n_ranks, generator, cache)
-
-
-def count_of(dataset) -> int | str:
-    return len(dataset) if hasattr(dataset, "__len__") else "streamed, not counted"
 
 
 def undecoded(dataset):
@@ -702,15 +761,28 @@ class LatentData:
 
     MAX_UNUSABLE = 0.05  # share of unusable samples that stops a run
 
-    def __init__(self, dataset, pipe, prompts: PromptEncoder, batch_size: int, seed: int, rank: int, n_ranks: int,
-                 generator: torch.Generator, cache: bool):  # fmt: skip
+    def __init__(
+        self,
+        dataset,
+        pipe,
+        prompts: PromptEncoder,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        n_ranks: int,
+        generator: torch.Generator,
+        cache: bool,
+    ):
         self.dataset, self.prompts, self.batch_size = dataset, prompts, batch_size
         self.seed, self.rank, self.n_ranks, self.generator = seed, rank, n_ranks, generator
         self.vae, self.scaling = pipe.vae.to(prompts.device), pipe.vae.config.scaling_factor
         self.shape = latent_shape(pipe)
         self.size = self.shape[1] * pipe.vae_scale_factor
         self.seen, self.unusable = 0, Counter()
-        self.threads, self.ahead = ThreadPoolExecutor(), {}  # images are decoded side by side, those of the next batch ahead
+        self.threads, self.ahead = (
+            ThreadPoolExecutor(),
+            {},
+        )  # images are decoded side by side, those of the next batch ahead
         self.open(cache)
 
     def open(self, cache: bool) -> None:
@@ -741,7 +813,9 @@ class LatentData:
             moments, ids = self.encode_samples(samples)
             return {"moments": moments.flatten(1).cpu().numpy(), "ids": ids.flatten(1).numpy()}
 
-        key = seed_of(fingerprint(self.vae), self.dataset._fingerprint, self.size, self.prompts.tokenize(["a red 7"]).tolist())
+        key = seed_of(
+            fingerprint(self.vae), self.dataset._fingerprint, self.size, self.prompts.tokenize(["a red 7"]).tolist()
+        )
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddil-latents" / f"{key:08x}"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -750,19 +824,28 @@ class LatentData:
 
         def part(rank: int):
             return self.raw.shard(self.n_ranks, rank, contiguous=True).map(
-                encode, batched=True, batch_size=self.batch_size, remove_columns=self.raw.column_names, desc="caching latents",
-                cache_file_name=str(file_of(rank)), new_fingerprint=f"{key:08x}-{rank}-of-{self.n_ranks}",
-                features=datasets.Features({"moments": datasets.List(datasets.Value("float32")), "ids": datasets.List(datasets.Value("int64"))}),
-            )  # fmt: skip
+                encode,
+                batched=True,
+                batch_size=self.batch_size,
+                remove_columns=self.raw.column_names,
+                desc="caching latents",
+                cache_file_name=str(file_of(rank)),
+                new_fingerprint=f"{key:08x}-{rank}-of-{self.n_ranks}",
+                features=datasets.Features(
+                    {"moments": datasets.List(datasets.Value("float32")), "ids": datasets.List(datasets.Value("int64"))}
+                ),
+            )
 
         part(self.rank)
         if self.n_ranks > 1:
             torch.distributed.barrier()
             with_rows = range(min(self.n_ranks, len(self.raw)))
-            missing = next((rank for rank in with_rows if not seen(file_of(rank))), None)
+            missing = next((rank for rank in with_rows if not file_of(rank).exists()), None)
             if missing is not None:
-                raise SystemExit(f"--cache_latents: process {self.rank} does not see what process {missing} has encoded in {folder}; let "
-                                 "HF_DATASETS_CACHE be a folder that all nodes share, or take --no-cache_latents")  # fmt: skip
+                raise SystemExit(
+                    f"--cache_latents: process {self.rank} does not see what process {missing} has encoded in {folder}; let "
+                    "HF_DATASETS_CACHE be a folder that all nodes share, or take --no-cache_latents"
+                )
         cache = datasets.concatenate_datasets([part(rank) for rank in range(self.n_ranks)]).with_format("numpy")
         if len(cache) == 0:
             raise SystemExit(f"--data: none of {len(self.dataset)} samples can be used: {self.reasons()}")
@@ -794,10 +877,16 @@ class LatentData:
         before = self.unusable.total()
         self.unusable.update(reason for reason in reasons if reason)
         if self.unusable.total().bit_length() > before.bit_length():  # at the 1st, 2nd, 4th, 8th, ...
-            print(f"warning: --data: skipped {self.reasons()} among the first {self.seen} samples of a process", file=sys.stderr, flush=True)
+            print(
+                f"warning: --data: skipped {self.reasons()} among the first {self.seen} samples of a process",
+                file=sys.stderr,
+                flush=True,
+            )
         if self.unusable.total() > max(4, self.MAX_UNUSABLE * self.seen):
-            raise SystemExit(f"--data: {self.unusable.total()} of the first {self.seen} samples cannot be used: {self.reasons()}; --check_data "
-                             "counts them all")  # fmt: skip
+            raise SystemExit(
+                f"--data: {self.unusable.total()} of the first {self.seen} samples cannot be used: {self.reasons()}; --check_data "
+                "counts them all"
+            )
         return [sample for sample, reason in zip(samples, reasons) if not reason]
 
     @torch.no_grad()
@@ -806,9 +895,13 @@ class LatentData:
         import numpy as np
 
         n, original = self.size, torch.tensor([sample["height_width"] for sample in samples])  # [B, 2]
-        corners = ((original * n / original.amin(dim=1, keepdim=True)).round() - n) // 2  # of the crop, in the image as it is scaled
+        corners = (
+            (original * n / original.amin(dim=1, keepdim=True)).round() - n
+        ) // 2  # of the crop, in the image as it is scaled
         sizes = torch.cat([original, corners.long(), torch.full_like(original, n)], dim=1)
-        pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples])).permute(0, 3, 1, 2)  # [B, 3, H, W] uint8
+        pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples])).permute(
+            0, 3, 1, 2
+        )  # [B, 3, H, W] uint8
         moments = []
         for part in pixels.split(16):  # the VAE's activations at full resolution are large
             posterior = self.vae.encode(part.to(self.prompts.device) / 127.5 - 1).latent_dist
@@ -861,7 +954,9 @@ class LatentData:
         if self.cache is not None:
             return self.prompts.with_sizes(self.unflatten_ids(self.cache.select_columns("ids")[rows.tolist()]["ids"]))
         captions = samples_of(self.dataset.select_columns("caption")[rows.tolist()])
-        samples = self.usable_rows(rows, [decode(row, self.size) for row in captions])  # not behind images in the threads' queue
+        samples = self.usable_rows(
+            rows, [decode(row, self.size) for row in captions]
+        )  # not behind images in the threads' queue
         return self.prompts.tokenize([sample["caption"] for sample in samples])
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
@@ -880,12 +975,19 @@ class StreamedData(LatentData):
         from datasets.distributed import split_dataset_by_node
 
         self.cache = None  # latents on disk would be a copy of the stream
-        files, strategy = self.dataset.num_shards, "auto"  # whole files, if they can be shared out evenly; or every n-th row of all
+        files, strategy = (
+            self.dataset.num_shards,
+            "auto",
+        )  # whole files, if they can be shared out evenly; or every n-th row of all
         if files >= 10 * self.n_ranks:
             strategy = "shards"  # whole files, nearly evenly
         elif files % self.n_ranks and self.rank == 0:
-            print(f"warning: --streaming: {self.n_ranks} processes cannot share {files} files, so each reads them all; {10 * self.n_ranks} "
-                  "files or a multiple of the processes are faster", file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"warning: --streaming: {self.n_ranks} processes cannot share {files} files, so each reads them all; {10 * self.n_ranks} "
+                "files or a multiple of the processes are faster",
+                file=sys.stderr,
+                flush=True,
+            )
         self.stream = split_dataset_by_node(undecoded(self.dataset), self.rank, self.n_ranks, strategy)
         self.start = self.stream.state_dict()
         self.restore({"epoch": 0, "blocks": 0, "state": self.start, "place": 0})
@@ -962,7 +1064,9 @@ def support_of(threshold: str, data: LatentData) -> Support:
     return measure_support(data.first_latents(1024, torch.Generator(data.generator.device).manual_seed(0)))
 
 
-# --- runs: processes, arguments, folders, checkpoints ---
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. The run: one engine for the three scripts. A script is written as if it were never interrupted: resume is in the loop
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def number(kind: type, wanted: str, is_ok: Callable) -> Callable:
@@ -988,191 +1092,103 @@ non_negative = number(float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
 share = number(float, "in [0, 1]", lambda x: 0 <= x <= 1)
 
 
-def learning_rate(update: int, updates: int, warmup: int, peak: float, decay: bool = True) -> float:
-    """Linear warm-up, then linear decay to 0 at the end or, without it, the peak; `update` counts from 0."""
-    warmup = min(warmup, updates - 1)
-    return peak * min((update + 1) / (warmup + 1), (updates - update) / (updates - warmup) if decay else 1.0)
+def is_threshold(text: str) -> bool:
+    return text in ("measured", "none") or 0 < float(text) < math.inf
 
 
-def start_accelerator(**settings):
-    """An Accelerator over all the processes that were launched; SystemExit if it does not see every one of them."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if "ACCELERATE_USE_CPU" in os.environ and not torch.accelerator.is_available():
-        # accelerate launch leaves each process one thread, whatever the machine has
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(torch.get_num_threads(), cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # or transformers would leave the text encoders empty on all ranks but the first; they are not sharded
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
-        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", "ResnetBlock2D,BasicTransformerBlock")  # what UNets are made of
-    # without a GPU, accelerate takes each process of torchrun for a run of its own, unless told that CPUs are meant
-    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of every gradient
-                InitProcessGroupKwargs(timeout=timedelta(hours=2))]  # ranks wait while the first one writes a checkpoint
-    try:
-        accelerator = Accelerator(cpu=launched > 1 and not torch.accelerator.is_available(), kwargs_handlers=handlers, **settings)
-    except ValueError as error:  # a precision that the device has not
-        raise SystemExit(f"accelerate launch --mixed_precision {os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')}: {error}")
-    if accelerator.num_processes != launched:
-        raise SystemExit(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: check its config")
-    if accelerator.is_fsdp2:
-        # gradients are summed over the ranks at each mini-batch, or each rank would hold whole ones between two
-        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-        if accelerator.mixed_precision != "no":  # and in fp32, as under DDP
-            from torch.distributed.fsdp import MixedPrecisionPolicy
-
-            policy = MixedPrecisionPolicy(param_dtype=frozen_dtype(accelerator), reduce_dtype=torch.float32)
-            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    return accelerator
+threshold = number(str, "measured, none or a positive radius", is_threshold)
 
 
-def compile_networks(*networks) -> None:
-    """torch.compile for networks that are run with and without gradient, at several batch sizes, in several phases."""
-    torch._dynamo.config.recompile_limit = 64  # of one code; beyond the limit it would silently run uncompiled
-    for network in networks:
-        network.compile()
+def flag_parser(doc: str, recipes: dict):
+    """(parser, its group of the paper's flags) with what the three scripts share. No flag has a default: recipes have."""
+    p = argparse.ArgumentParser(
+        usage="%(prog)s [FLAGS]; --help lists them",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    choice = argparse.BooleanOptionalAction
+    names = ", ".join(recipes)
+    p.add_argument("--recipe", choices=recipes, metavar="NAME", help=f"table of defaults: {names} (tiny: offline, CPU)")
+    paper = p.add_argument_group("paper")
+    paper.add_argument("--teacher", help="pipeline to distil: folder or hub name")
+    paper.add_argument("--data", help="images with captions: folder (parquet, imagefolder, webdataset) or hub name")
+    paper.add_argument("--reflect", type=threshold, help="of x estimates: measured | none | a radius (App. A; [D15])")
+    paper.add_argument("--global_batch_size", type=positive_int, help="samples an update, over all processes")
+    paper.add_argument("--warmup", type=natural_int, help="updates of warm-up (sec. 5: 500)")
+    run = p.add_argument_group("run")
+    run.add_argument(
+        "--batch_size", type=positive_int, help="samples a process and forward; accumulation does the rest"
+    )
+    run.add_argument("--output_dir", help="run folder (default runs/SCRIPT-RECIPE)")
+    run.add_argument("--seed", type=seed_int, help="of everything random")
+    run.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
+    run.add_argument("--overwrite", action="store_true", help="delete the run in output_dir first")
+    run.add_argument("--dry_run", action="store_true", help="print the resolved recipe and batch arithmetic, then stop")
+    run.add_argument(
+        "--check_data", action="store_true", help="count usable samples, draw some to OUTPUT_DIR-data.png, stop"
+    )
+    run.add_argument("--max_updates", type=positive_int, help="end each phase's part after so many updates (for tests)")
+    run.add_argument("--gradient_checkpointing", action=choice, help="trade time for memory")
+    run.add_argument(
+        "--compile", action=choice, help="torch.compile for all UNets: minutes at the start, faster updates"
+    )
+    run.add_argument(
+        "--cache_latents", action=choice, help="encode all images once; latents stay on disk for later runs"
+    )
+    run.add_argument("--streaming", action=choice, help="read the data in order while training; nothing is copied")
+    run.add_argument("--image_column", help="of the data (default: its first column of images)")
+    run.add_argument("--caption_column", help="of the data (default: caption, text, txt or prompt)")
+    run.add_argument("--log_every", type=positive_int, help="updates between lines and rows of metrics.csv")
+    run.add_argument("--save_every", type=positive_int, help="updates between checkpoints and sample grids")
+    run.add_argument("--report_to", help="a tracker that accelerate knows (tensorboard, wandb, ...); default none")
+    return p, paper
 
 
-def check_engine(accelerator) -> None:
-    """SystemExit for what accelerate can launch and these scripts cannot use."""
-    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU") and not accelerator.is_fsdp2:
-        raise SystemExit(f"{accelerator.distributed_type.value}: is not supported; launch with --multi_gpu, or where the networks "
-                         "don't fit with --use_fsdp --fsdp_version 2")  # fmt: skip
-
-
-def shards_of(accelerator) -> int:
-    """Processes that share the weights of one trained network."""
-    return accelerator.num_processes if accelerator.is_fsdp2 else 1
-
-
-def in_order(accelerator, n: int, batch_size: int, function: Callable[[Tensor], Tensor], desc: str | None = None):
-    """Yields function(rows) [B, ...] for the rows 0 .. n - 1 in order, the same on every rank; the ranks share the work."""
-    from tqdm import tqdm
-
-    rank, n_ranks = accelerator.process_index, accelerator.num_processes
-    chunks = torch.arange(n).split(batch_size * n_ranks)
-    for chunk in tqdm(chunks, desc=desc, disable=rank != 0 or desc is None, leave=False, dynamic_ncols=True):
-        padded = torch.arange(-(-len(chunk) // n_ranks) * n_ranks) % len(chunk)  # so that every rank gets as many
-        gathered = accelerator.gather(function(chunk[padded[rank::n_ranks]]))  # rank by rank
-        yield gathered.unflatten(0, (n_ranks, -1)).transpose(0, 1).flatten(0, 1)[: len(chunk)]
-
-
-def frozen_dtype(accelerator) -> torch.dtype:
-    """Of networks that are not trained: half precision under mixed precision."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
-
-def device_memory(device: torch.device) -> float:
-    """GiB that the device has in all."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 2**30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-
-
-def activation_memory(pipe, unet, batch_size: int, accelerator, checkpointing: bool) -> float:
-    """GiB that forward and backward of the UNet take at their peak beside weights and gradients: by torch's tracker, on
-    tensors without values. Takes half a minute for SD1.5, whatever the batch."""
-    import warnings
-
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    prompts, dtype = PromptEncoder(pipe, "cpu"), frozen_dtype(accelerator)
-    one = prompts.encode(prompts.tokenize([""])) | {"w": torch.ones(1)}
-    with warnings.catch_warnings(action="ignore"), FakeTensorMode():
-        fake = type(unet).from_config(unet.config).train()
-        if checkpointing:
-            fake.enable_gradient_checkpointing()
-        for p in fake.parameters():  # gradients are counted elsewhere
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        for module in fake.modules():  # CUDA's autocast has normalisation in fp32, the CPU's has not
-            if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-                module.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
-        z_t, t = torch.zeros(batch_size, *latent_shape(pipe)), torch.zeros(batch_size, dtype=torch.long)
-        cond = {name: torch.zeros(batch_size, *value.shape[1:]) for name, value in one.items()}
-        model = UNetModel(fake, None, "", lambda: torch.autocast("cpu", dtype, enabled=dtype != torch.float32))
-        tracker = MemTracker()
-        tracker.track_external(fake)
-        with tracker:
-            model.run(z_t, t, cond).sum().backward()
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    return (peak["Total"] - 4 * fake.num_parameters()) / 2**30
-
-
-def memory_report(gib: float, what: str, device: torch.device, activations: float | None = None) -> str:
-    """What a run takes beside what the device has."""
-    has, fits = device_memory(device), "activations come on top"
-    if activations is not None:
-        gib, what, fits = gib + activations, f"{what} ({gib:.2f}) and, about, activations ({activations:.2f})", "fits"
-    return f"{gib:.2f} GiB for {what}; the device ({device.type}) has {has:.1f} GiB: {fits if gib < has else 'does NOT fit'}"
-
-
-def check_memory(report: str) -> None:
-    """SystemExit where not even the networks fit."""
-    if report.endswith("does NOT fit"):
-        raise SystemExit(f"this run needs {report}; a lower precision (accelerate launch --mixed_precision) may help, or "
-                         "--use_fsdp --fsdp_version 2 on several GPUs, which shards what is trained")  # fmt: skip
+def add_prior_flags(paper, plain: str) -> None:
+    """Alg. 1's sources, of LCM and DMD2; `plain`: the setting that is the baseline."""
+    lists = dict(type=share, nargs="+")
+    paper.add_argument("--p_forward", **lists, help="share of forward diffusion; a list is for equal parts of the run")
+    paper.add_argument("--p_teacher", **lists, help="share of the teacher's trajectories")
+    paper.add_argument("--p_student", **lists, help=f"share of the student's trajectories; plain is {plain}")
 
 
 ACTIONS = ("resume", "overwrite", "dry_run", "check_data")  # flags that are no setting of a run
+# May differ when a run is resumed; the networks' paths too, as their weights are compared.
+FREE = ("teacher", "student_init", "fake_init", "output_dir", "compile", "log_every", "save_every", "report_to")
 
 
-def resolve(args, recipes: dict, free: Sequence[str]):
-    """Fill every flag that was not given: from the saved run with --resume, otherwise from the recipe.
-
-    With --resume, a flag that was given must agree with the saved run, except those in `free`.
-    """
+def resolve(args, recipes: dict):
+    """Fill every flag that was not given: from the saved run with --resume, otherwise from the recipe. What is given with
+    --resume must agree with the saved run, except FREE. SystemExit if that cannot work."""
     given = {name: value for name, value in vars(args).items() if value is not None and name not in ACTIONS}
-    recipe = args.recipe or "tiny"
-    if recipe not in recipes:
-        raise SystemExit(f"--recipe {recipe}: unknown; the recipes are {', '.join(recipes)}")
-    defaults = recipes[recipe] | {"recipe": recipe}
+    defaults = recipes[args.recipe or "tiny"] | {"recipe": args.recipe or "tiny"}
     if args.resume and args.overwrite:
-        raise SystemExit("--resume and --overwrite exclude each other: the one goes on with a run, the other deletes it")
+        raise SystemExit(
+            "--resume and --overwrite exclude each other: the one goes on with a run, the other deletes it"
+        )
     if args.resume:
         folder = args.output_dir or defaults["output_dir"]
         if not (Path(folder) / "config.json").is_file():
             raise SystemExit(f"--resume: {folder} holds no run (no config.json); name it by --output_dir")
         defaults = json.loads((Path(folder) / "config.json").read_text()) | {"output_dir": folder}
-        refuse_changes({name: value for name, value in given.items() if name not in free}, defaults)
+        refuse_changes({name: value for name, value in given.items() if name not in FREE}, defaults)
     for name in set(vars(args)) - set(given) - set(ACTIONS):
         setattr(args, name, defaults.get(name))
-    return args
-
-
-def check_shared_flags(args, priors: Sequence[str]) -> None:
-    """SystemExit with one clear message for a value that cannot work, of the flags that all methods share."""
-    for name in priors:
-        values = getattr(args, name)
-        if not all(0 <= value <= 1 for value in values or ()):
-            raise SystemExit(f"--{name} {values}: must lie in [0, 1]")
-    if not 0 <= args.seed < 2**31:
-        raise SystemExit(f"--seed {args.seed}: must be a whole number >= 0 and < 2^31")
-    for name in ("global_batch_size", "batch_size", "max_updates", "log_every", "save_every"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise SystemExit(f"--{name} {getattr(args, name)}: must be > 0")
-    if args.warmup < 0:
-        raise SystemExit(f"--warmup {args.warmup}: must be >= 0")
-    if "guidance_range" in args and not 0 <= args.guidance_range[0] <= args.guidance_range[1] < float("inf"):
-        raise SystemExit(f"--guidance_range {args.guidance_range}: must be LO HI with 0 <= LO <= HI")
-    try:
-        radius_is_positive = args.reflect in ("measured", "none") or 0 < float(args.reflect) < float("inf")
-    except ValueError:
-        radius_is_positive = False
-    if not radius_is_positive:
-        raise SystemExit(f"--reflect {args.reflect}: must be measured, none or a positive radius")
-    if args.report_to:
-        from accelerate.tracking import get_available_trackers
-
-        trackers = [str(tracker) for tracker in get_available_trackers()]
-        if args.report_to not in trackers:
-            raise SystemExit(f"--report_to {args.report_to}: not installed, or unknown to accelerate; installed are "
-                             f"{', '.join(trackers) or 'none'}")  # fmt: skip
     for name in ("teacher", "data"):
         if getattr(args, name) is None:
             raise SystemExit(f"--{name}: the recipe {args.recipe} has no default; give a folder or a hub name")
+    if "guidance_range" in args and args.guidance_range[0] > args.guidance_range[1]:
+        raise SystemExit(f"--guidance_range {args.guidance_range}: must be LO HI with LO <= HI")
+    return args
+
+
+def refuse_changes(now: dict, saved: dict) -> None:
+    """SystemExit naming every entry of `now` that differs from the saved run's."""
+    now = json.loads(json.dumps(now))  # tuples become lists, as in the file
+    differs = [f"{name}: saved {saved.get(name)}, now {v}" for name, v in now.items() if saved.get(name) != v]
+    if differs:
+        raise SystemExit("--resume: this is not the run that was saved; " + "; ".join(differs))
 
 
 def priors_of(args) -> dict[str, list[float]]:
@@ -1191,39 +1207,101 @@ def priors_of(args) -> dict[str, list[float]]:
     return priors
 
 
-def updates_of(args) -> int:
-    return min(args.updates, args.max_updates or args.updates)
-
-
 def part_of(update: int, updates: int, parts: int) -> int:
     """Which of the equal parts of the run an update belongs to; `update` counts from 0."""
     return update * parts // updates
 
 
-def accumulation_of(args, world_size: int) -> int:
-    """Forwards an update on each process; sets --batch_size where it was not given."""
-    args.batch_size = args.batch_size or max(1, args.global_batch_size // world_size)
-    accumulation, rest = divmod(args.global_batch_size, args.batch_size * world_size)
-    if rest or not accumulation:
-        raise SystemExit(f"--global_batch_size {args.global_batch_size}: must be a multiple of --batch_size {args.batch_size} "
-                         f"times {world_size} process(es)")  # fmt: skip
-    return accumulation
+def learning_rate(update: int, updates: int, warmup: int, peak: float, decay: bool = True) -> float:
+    """Linear warm-up, then linear decay to 0 at the end or, without it, the peak; `update` counts from 0."""
+    warmup = min(warmup, updates - 1)
+    return peak * min((update + 1) / (warmup + 1), (updates - update) / (updates - warmup) if decay else 1.0)
 
 
-def refuse_changes(now: dict, saved: dict) -> None:
-    """SystemExit naming every entry of `now` that differs from the saved run's."""
-    now = json.loads(json.dumps(now))  # tuples become lists, as in the file
-    differs = [f"{name}: saved {saved.get(name)}, now {v}" for name, v in now.items() if saved.get(name) != v]
-    if differs:
-        raise SystemExit("--resume: this is not the run that was saved; " + "; ".join(differs))
+def seed_of(*names) -> int:
+    """A seed for each thing that is random, from the run's and its name: 32 bits, all that torch's CPU generator reads."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "big")
+
+
+def noise_generator(index: int, seed: int) -> torch.Generator:
+    """The generator of all noise of one image: it depends on nothing but the image's own index."""
+    return torch.Generator().manual_seed(seed_of(seed, "noise", int(index)))
+
+
+def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:
+    """Noise [len(indices), *shape] that belongs to each index alone: the same for any batch size or number of ranks."""
+    return torch.stack([torch.randn(shape, generator=noise_generator(index, seed)) for index in indices])
 
 
 def fingerprint(module) -> str:
     """sha256 over a network's weights: the same weights under another path are still the same teacher."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes())  # bfloat16 is unknown to NumPy
+        digest.update(
+            name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes()
+        )  # NumPy has no bfloat16
     return digest.hexdigest()[:16]
+
+
+def start_accelerator(**settings):
+    """An Accelerator over all the processes that were launched; SystemExit if it does not see every one of them, or for
+    an engine that these scripts cannot use."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    launched, has_gpu = int(os.environ.get("WORLD_SIZE", 1)), torch.accelerator.is_available()
+    if "ACCELERATE_USE_CPU" in os.environ and not has_gpu:
+        # accelerate launch leaves each process one thread, whatever the machine has
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(torch.get_num_threads(), cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # or transformers would leave the text encoders empty on all ranks but the first; they are not sharded
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", "ResnetBlock2D,BasicTransformerBlock")  # UNets' blocks
+    handlers = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of every gradient
+        InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # ranks wait while the first one writes a checkpoint
+    ]
+    try:  # without a GPU, accelerate takes each process for a run of its own, unless told that CPUs are meant
+        accelerator = Accelerator(cpu=launched > 1 and not has_gpu, kwargs_handlers=handlers, **settings)
+    except ValueError as error:  # a precision that the device has not, an unknown tracker
+        raise SystemExit(f"accelerate: {error}")
+    if accelerator.num_processes != launched:
+        raise SystemExit(
+            f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: check its config"
+        )
+    engine = accelerator.distributed_type
+    if engine not in ("NO", "MULTI_CPU", "MULTI_GPU") and not accelerator.is_fsdp2:
+        raise SystemExit(f"{engine.value}: is not supported; launch with --multi_gpu, or --use_fsdp --fsdp_version 2")
+    if accelerator.is_fsdp2:
+        # gradients are summed over the ranks at each mini-batch, or each rank would hold whole ones between two
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        if accelerator.mixed_precision != "no":  # and in fp32, as under DDP
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            policy = MixedPrecisionPolicy(param_dtype=frozen_dtype(accelerator), reduce_dtype=torch.float32)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    return accelerator
+
+
+def frozen_dtype(accelerator) -> torch.dtype:
+    """Of networks that are not trained: half precision under mixed precision."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def in_order(accelerator, n: int, batch_size: int, function: Callable[[Tensor], Tensor], desc: str | None = None):
+    """Yields function(rows) [B, ...] for the rows 0 .. n - 1 in order, the same on every rank; the ranks share the work."""
+    from tqdm import tqdm
+
+    rank, n_ranks = accelerator.process_index, accelerator.num_processes
+    chunks = torch.arange(n).split(batch_size * n_ranks)
+    for chunk in tqdm(chunks, desc=desc, disable=rank != 0 or desc is None, leave=False, dynamic_ncols=True):
+        padded = torch.arange(-(-len(chunk) // n_ranks) * n_ranks) % len(chunk)  # so that every rank gets as many
+        gathered = accelerator.gather(function(chunk[padded[rank::n_ranks]]))  # rank by rank
+        yield gathered.unflatten(0, (n_ranks, -1)).transpose(0, 1).flatten(0, 1)[: len(chunk)]
+
+
+# --- files ---
 
 
 def check_output_dir(args) -> None:
@@ -1238,40 +1316,9 @@ def check_output_dir(args) -> None:
         if source and folder.resolve() in (source, *source.parents):
             raise SystemExit(f"--output_dir {folder}: holds this run's own --{flag} {source}; choose another folder")
     if not args.overwrite:
-        raise SystemExit(f"--output_dir {folder}: is not empty; --resume goes on with the run in it, --overwrite "
-                         "deletes it, or choose another folder")  # fmt: skip
+        raise SystemExit(f"--output_dir {folder}: is not empty; --resume goes on with its run, --overwrite deletes it")
     if not (folder / "config.json").is_file():
         raise SystemExit(f"--overwrite: {folder} is no run folder (it has no config.json) and is left alone")
-
-
-def create_output_dir(args, script: str, facts: dict) -> None:
-    """The run folder, with config.json and a copy of the code that made it."""
-    folder = Path(args.output_dir)
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "samples").mkdir(parents=True)
-    for file in (script, __file__):
-        shutil.copy(file, folder)
-    settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
-    (folder / "config.json").write_text(json.dumps(settings | facts, indent=1))
-
-
-PATIENCE = 60  # seconds that a file of another node may take to appear
-
-
-def seen(path: Path) -> bool:
-    """Whether what another process has written is here, which takes some network drives a while."""
-    for _ in range(PATIENCE):
-        if path.exists():
-            break
-        time.sleep(1)
-    return path.exists()
-
-
-def wait_for_output_dir(accelerator, folder: Path) -> None:
-    """Until the first process has made the run folder, or something in it. SystemExit on a node that has disks of its own."""
-    accelerator.wait_for_everyone()
-    if not seen(folder):
-        raise SystemExit(f"--output_dir {folder}: process {accelerator.process_index} does not see it; give a folder that all nodes share")
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -1292,90 +1339,9 @@ def save_pipeline(folder: Path, pipe, unet, scheduler) -> None:
     replace_folder(Path(folder), student.save_pretrained)
 
 
-# What an engine has sharded is gathered on the first rank's CPU; all ranks must ask. Keys are a parameter's name everywhere.
-WHOLE = dict(full_state_dict=True, cpu_offload=True)
-
-
-def save_checkpoint(accelerator, folder: Path, update: int, progress: dict, rank_state: dict, **trained) -> None:
-    """checkpoints/<update>: progress, every rank's own state, networks and optimisers; older ones are deleted after.
-
-    `trained`: a network, or a network and its optimiser. The files are the same under every engine. Written under another
-    name and renamed, so that a kill leaves the old checkpoint or the new one.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
-
-    def write(name: str, state: dict) -> None:
-        if accelerator.is_main_process:
-            torch.save(state, temporary / f"{name}.pt")
-
-    temporary, final = folder / "saving", folder / f"{update:08d}"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        (temporary / "progress.json").write_text(json.dumps(progress))
-    for name, (network, *optimizer) in trained.items():
-        write(name, get_model_state_dict(network, options=StateDictOptions(**WHOLE)))
-        for o in optimizer:
-            write(f"{name}_optimizer", get_optimizer_state_dict(network, o.optimizer, options=StateDictOptions(**WHOLE)))
-    accelerator.wait_for_everyone()
-    torch.save(rank_state, temporary / f"rank-{accelerator.process_index}.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        while final.exists():  # saved again at the same update: a later name, so that there always is a whole one
-            final = final.with_name(final.name + "+")
-        temporary.rename(final)
-        for old in folder.iterdir():
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)  # on network drives, a file that is still mapped stays
-    accelerator.wait_for_everyone()
-
-
 def load_state(file: Path):
     """A tensor file of our own: tensors and plain values only, never code; ranks share the memory."""
     return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-
-
-def prepare_adamw(accelerator, network, state: Path | None = None):
-    """(network, AdamW on what it trains) under the engine; `state`: the optimiser's file of a checkpoint. The learning rate
-    is set at each update."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, fused=accelerator.device.type == "cuda" or None)
-    network, optimizer = accelerator.prepare(network, optimizer)
-    if accelerator.is_fsdp2:  # accelerate tells parameters by their addresses, which empty shards have in common
-        optimizer.param_groups[0]["params"] = [p for p in network.parameters() if p.requires_grad]
-    if state:
-        set_optimizer_state_dict(network, optimizer.optimizer, load_state(state), options=StateDictOptions(**WHOLE))
-    return network, optimizer
-
-
-def clip_gradient(accelerator, network, max_norm: float) -> Tensor:
-    """The norm of the network's gradient before it is clipped; with shards, all ranks must ask."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    if not accelerator.is_fsdp2:
-        return accelerator.clip_grad_norm_(parameters, max_norm)
-    accelerator.unscale_gradients()  # accelerate's own would compare the parameters of two networks by value
-    return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-
-
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor that an engine may have sharded; then all ranks must ask."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def whole_network(accelerator, trained, kind: type):
-    """A UNet of class `kind` without its engine, to be saved; where it is sharded, a copy that is whole on the first rank."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    network = accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
-    if not accelerator.is_fsdp2:
-        return network
-    state = get_model_state_dict(trained, options=StateDictOptions(**WHOLE))
-    if accelerator.is_main_process:
-        network = kind.from_config(network.config)
-        network.load_state_dict(state)
-    return network
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -1387,7 +1353,7 @@ class Metrics:
     """Means over samples since the last flush, summed over ranks, as rows of metrics.csv. Fixed columns."""
 
     def __init__(self, path: Path, labels: Sequence[str], columns: Sequence[str], device):
-        self.path, self.labels, self.columns = path, list(labels), list(columns)
+        self.path, self.labels, self.columns, self.rows = path, list(labels), list(columns), 0
         self.totals = torch.zeros(2, len(columns), device=device)  # sums, counts
 
     def add(self, column: str, values: Tensor | float) -> None:
@@ -1404,81 +1370,22 @@ class Metrics:
         sums, counts = accelerator.reduce(self.totals, "sum").tolist()
         self.totals.zero_()
         means = {c: s / n for c, s, n in zip(self.columns, sums, counts) if n}
+        self.rows += 1
         if accelerator.is_main_process:
-            is_new = not self.path.exists()
             with self.path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, self.labels + self.columns)
-                if is_new:
+                writer = csv.DictWriter(file, self.labels + self.columns, extrasaction="ignore")
+                if self.rows == 1:
                     writer.writeheader()
                 writer.writerow(labels | {c: f"{v:.6g}" for c, v in means.items()})
         return means
 
-    def forget_after(self, update: int) -> None:
-        """Drop the rows written after the checkpoint that a run resumes from (column "total_updates")."""
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["total_updates"]) <= update]
-            with self.path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.labels + self.columns)
-                writer.writeheader()
-                writer.writerows(rows)
-
-
-def noting(model: Model, schedule: NoiseSchedule, support: Support, metrics: Metrics, column: str) -> Model:
-    """The model, and in the metrics the share of its x estimate that `reflect` moves."""
-
-    def noted(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
-        v = model(z_t, t, cond)
-        metrics.add(column, moved_fraction(x_from_v(schedule, z_t, v, t), support))
-        return v
-
-    return noted
-
-
-def reflect_warning(threshold: str, moved: dict[str, float], is_last: bool) -> str:
-    """What to say if `reflect` moves over a fifth of somebody's x estimates or, by the last of the logs, none; else "" [D15]."""
-    if max(moved.values()) > 0.2:
-        what = "it distorts; take a wider range"
-    elif is_last and not any(moved.values()):
-        what = "it does nothing"
-    else:
-        return ""
-    shares = ", ".join(f"{share:.1%} of the {who}'s" for who, share in moved.items())
-    return f"warning: --reflect {threshold} moved {shares} x estimates: {what}"
-
-
-def rank_state(run) -> dict:
-    """This rank's own part of a checkpoint: generators, place in the data, metrics, support, fp16's scaler."""
-    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
-    return dict(noise=run.noise.get_state(), shared=run.shared.get_state(), data=run.data.position(), metrics=run.metrics.totals,
-                support=run.support, scaler=scaler)  # fmt: skip
-
-
-def restore_rank(run, mine: dict) -> None:
-    """The reverse of rank_state."""
-    device = run.accelerator.device
-    run.noise.set_state(mine["noise"])
-    run.shared.set_state(mine["shared"])
-    run.metrics.totals = mine["metrics"].to(device)
-    run.data.restore(mine["data"])
-    run.support = mine["support"] and tuple(bound.to(device) for bound in mine["support"])
-    if run.accelerator.scaler:
-        run.accelerator.scaler.load_state_dict(mine["scaler"])
-
-
-def seed_of(*names) -> int:
-    """A seed for each thing that is random, from the run's and its name: 32 bits, all that torch's CPU generator reads."""
-    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "big")
-
-
-def noise_generator(index: int, seed: int) -> torch.Generator:
-    """The generator of all noise of one image: it depends on nothing but the image's own index."""
-    return torch.Generator().manual_seed(seed_of(seed, "noise", int(index)))
-
-
-def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:
-    """Noise [len(indices), *shape] that belongs to each index alone: the same for any batch size or number of ranks."""
-    return torch.stack([torch.randn(shape, generator=noise_generator(index, seed)) for index in indices])
+    def go_back(self, rows: int) -> None:
+        """Drop what was written after the first so many rows: a run resumes there."""
+        self.rows = rows
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        replacement = self.path.with_suffix(".tmp")
+        replacement.write_text("".join(lines[: rows + 1 if rows else 0]))
+        replacement.rename(self.path)
 
 
 def save_grid(path: Path, pipe, rows: dict[str, Tensor]) -> None:
@@ -1516,8 +1423,6 @@ class StopRequest:
     Another one after five seconds stops at once (launchers may pass the first one on twice)."""
 
     def __init__(self):
-        import signal
-
         self.asked = 0.0  # when
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
@@ -1529,3 +1434,438 @@ class StopRequest:
 
     def agreed(self, accelerator) -> bool:
         return accelerator.reduce(torch.tensor(float(self.asked > 0), device=accelerator.device), "sum").item() > 0
+
+
+# --- the engine ---
+
+# What an engine has sharded is gathered on the first rank's CPU; all ranks must ask. Keys are a parameter's name everywhere.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass
+class Trained:
+    """A network under the engine with its optimiser; `plain` has the same weights without the wrapper, for rollouts."""
+
+    network: torch.nn.Module
+    plain: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def parameters(self) -> list:
+        return [p for p in self.network.parameters() if p.requires_grad]
+
+    def renew_optimizer(self) -> None:
+        """As if new, for a part of its own [D7]; the learning rate is set at each update."""
+        self.optimizer.optimizer.state.clear()
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that an engine may have sharded; then all ranks must ask."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+class Run:
+    """A training run: the teacher, processes, data, random streams, metrics, folder; and its place, from which it resumes.
+
+    Run(args) has the processes, the teacher's pipeline and its schedule; open() all else.
+    """
+
+    def __init__(self, args):
+        self.args, self.out, self.trained, self.kept = args, Path(args.output_dir), {}, {}
+        self.accelerator = start_accelerator(log_with=args.report_to, project_dir=args.output_dir)
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+        self.n_ranks = self.accelerator.num_processes
+        self.facts = dict(world_size=self.n_ranks, mixed_precision=self.accelerator.mixed_precision)
+        if args.resume:
+            refuse_changes(self.facts, json.loads((self.out / "config.json").read_text()))
+        args.batch_size = args.batch_size or max(1, args.global_batch_size // self.n_ranks)
+        self.accumulation, rest = divmod(args.global_batch_size, args.batch_size * self.n_ranks)
+        if rest or not self.accumulation:
+            raise SystemExit(
+                f"--global_batch_size {args.global_batch_size}: must be a multiple of --batch_size {args.batch_size} times "
+                f"{self.n_ranks} process(es)"
+            )
+        self.accelerator.gradient_accumulation_steps = self.accumulation
+        if self.accelerator.is_main_process and not (args.dry_run or args.check_data):
+            check_output_dir(args)
+        self.pipe = load_pipeline(args.teacher)
+        self.schedule = load_schedule(self.pipe).to(self.device)
+        self.predicts = self.pipe.scheduler.config.prediction_type
+        self.models = WeakSet()  # all that are made by model(), while they live
+        self.print = self.accelerator.print
+
+    def open(self, script: str, labels, columns, plan: dict, networks=None, need_images=True) -> None:
+        """Data, support [D15], random streams, metrics and folder. Ends here for --dry_run, which also prints `plan`, and
+        --check_data. `networks`: by name, what a resumed run must find unchanged (the teacher's UNet)."""
+        from accelerate.utils import set_seed
+
+        args, device = self.args, self.device
+        dataset, self.held_out = load_images(
+            args.data, "--data", need_images, True, args.streaming, args.image_column, args.caption_column
+        )
+        has_images = "image" in dataset.column_names
+        if args.reflect == "measured" and not has_images:
+            raise SystemExit(f"--reflect measured: --data {args.data} has no images to measure; give a radius, or none")
+        if args.check_data:
+            self.print(report_on_data(args, self.pipe, dataset, self.accelerator))
+        if args.dry_run:
+            batch = f"{self.n_ranks} processes x {args.batch_size} x {self.accumulation} accumulated = {args.global_batch_size}"
+            for name, value in {**dict(sorted(vars(args).items())), "": "", "batch": batch, **plan}.items():
+                self.print(f"{name:24} {value}")
+        if args.dry_run or args.check_data:
+            raise SystemExit
+
+        set_seed(args.seed, device_specific=True)
+        self.noise = torch.Generator(device).manual_seed(seed_of(args.seed, "rank", self.rank))  # this rank's own
+        self.shared = torch.Generator().manual_seed(seed_of(args.seed, "shared"))  # alike on all ranks [D14]
+        self.prompts = PromptEncoder(self.pipe, device)
+        cache = args.cache_latents and need_images
+        stream = args, self.pipe, self.prompts, self.rank, self.n_ranks, self.noise, dataset, cache
+        self.data = open_data(*stream)
+        self.support = support_of(args.reflect, self.data)
+        self.null = self.prompts.null()
+        self.metrics = Metrics(self.out / "metrics.csv", labels, columns, device)
+        self.bins = sorted(int(c.removeprefix("loss_t")) for c in columns if c.removeprefix("loss_t").isdigit())
+        self.labels, self.stop, self.drawn = {}, StopRequest(), None
+        self.progress = dict(phase=0, loop=None, update=0, total=0, forwards=0.0, rows=0)
+        self.checkpoint = (
+            last_checkpoint(self.out / "checkpoints") if args.resume else None
+        )  # until its loop is reached
+
+        prints = {id(net): fingerprint(net) for net in (networks or {"teacher": self.pipe.unet}).values()}
+        self.facts |= {
+            f"{name}_weights": prints[id(net)] for name, net in (networks or {"teacher": self.pipe.unet}).items()
+        }
+        if args.resume:
+            refuse_changes(self.facts, json.loads((self.out / "config.json").read_text()))
+        elif self.accelerator.is_main_process:
+            self.create_folder(script)
+        if args.resume and not self.checkpoint and self.accelerator.is_main_process:
+            self.metrics.go_back(0)
+        self.accelerator.wait_for_everyone()
+        if not self.out.exists():
+            raise SystemExit(f"--output_dir {self.out}: process {self.rank} does not see it; all nodes must share it")
+        if args.report_to:
+            self.accelerator.init_trackers(Path(script).stem, config={k: str(v) for k, v in vars(args).items()})
+        self.print(
+            f"{self.out}: " + (f"resuming at {self.checkpoint.name}" if self.checkpoint else "starting at update 1")
+        )
+
+    def create_folder(self, script: str) -> None:
+        """The run folder, with config.json and a copy of the code that made it."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        (self.out / "samples").mkdir(parents=True)
+        for file in (script, __file__):
+            shutil.copy(file, self.out)
+        settings = {name: value for name, value in vars(self.args).items() if name not in ACTIONS}
+        (self.out / "config.json").write_text(json.dumps(settings | self.facts, indent=1))
+
+    # networks
+
+    def frozen(self, network, half: bool = True):
+        """A network that is asked and not trained, on the device."""
+        dtype = frozen_dtype(self.accelerator) if half else torch.float32
+        return self.compiled(network.to(self.device, dtype))
+
+    def compiled(self, network):
+        if self.args.compile:  # with and without gradient, at several batch sizes, in several phases
+            torch._dynamo.config.recompile_limit = 64  # of one code; beyond it, it would silently run uncompiled
+            network.compile()
+        return network
+
+    def trainable(self, name: str, network) -> Trained:
+        """The network under the engine, with AdamW on what of it asks for a gradient."""
+        network = network.to(self.device).train()  # one by one: where they are sharded, it may not hold all as a whole
+        if self.args.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        parameters = [p for p in self.compiled(network).parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, fused=self.device.type == "cuda" or None)
+        network, optimizer = self.accelerator.prepare(network, optimizer)
+        plain = self.accelerator.unwrap_model(network)
+        self.trained[name] = trained = Trained(network, plain, optimizer)
+        if (
+            self.accelerator.is_fsdp2
+        ):  # accelerate tells parameters by their addresses, which empty shards have in common
+            optimizer.param_groups[0]["params"] = trained.parameters
+        self.drawn = None
+        return trained
+
+    def keep(self, name: str, thing):
+        """Into checkpoints, anything with state_dict / load_state_dict: D_DAgger (each rank its own), a moving average."""
+        self.kept[name] = thing
+        return thing
+
+    def model(self, network, predicts: str | None = None) -> UNetModel:
+        """network as model(z_t, t, cond) -> v_hat; its forwards are counted. It predicts what the teacher does, or `predicts`."""
+        model = UNetModel(network, self.schedule, predicts or self.predicts, self.accelerator.autocast)
+        self.models.add(model)
+        return model
+
+    def noting(self, model: Model, column: str) -> Model:
+        """The model, and in the metrics the share of its x estimate that `reflect` moves."""
+
+        def noted(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+            v = model(z_t, t, cond)
+            self.note({column: moved_fraction(x_from_v(self.schedule, z_t, v, t), self.support)})
+            return v
+
+        return noted
+
+    def whole_network(self, trained: Trained):
+        """The UNet without its engine, to be saved; where it is sharded, a copy that is whole on the first rank."""
+        network = self.accelerator.unwrap_model(trained.network, keep_fp32_wrapper=False)
+        if not self.accelerator.is_fsdp2:
+            return network
+        state = get_model_state_dict(trained.network, options=WHOLE)
+        if self.accelerator.is_main_process:
+            network = type(self.pipe.unet).from_config(network.config)
+            network.load_state_dict(state)
+        return network
+
+    # draws
+
+    def start_noise(self, n: int) -> Tensor:
+        """z ~ N(0, I) [n, C, h, w], where every trajectory starts (t = 999)."""
+        return torch.randn(n, *latent_shape(self.pipe), generator=self.noise, device=self.device)
+
+    def draw_w(self, n: int) -> Tensor:
+        """w ~ U[guidance_range], [n]."""
+        lo, hi = self.args.guidance_range
+        return lo + (hi - lo) * torch.rand(n, generator=self.noise, device=self.device)
+
+    def grid_row(self, sample: Callable[[Tensor, dict, torch.Generator], Tensor], w: float) -> Tensor:
+        """sample(z, cond, generator) for eight held-out prompts, always the same, in batches no larger than in training."""
+        n, noise = min(8, len(self.held_out)), torch.Generator(self.device).manual_seed(1)
+        ids = self.prompts.tokenize([self.held_out[i * len(self.held_out) // n] for i in range(n)])
+        z = noise_of(range(n), latent_shape(self.pipe), seed=1)
+        rows = []
+        for part in torch.arange(n).split(self.args.batch_size):
+            cond = self.prompts.encode(ids[part]) | {"w": torch.full((len(part),), w, device=self.device)}
+            rows.append(sample(z[part].to(self.device), cond, noise))
+        return torch.cat(rows)
+
+    def save_grid(self, rows: dict[str, Tensor], suffix: str = "") -> None:
+        """samples/UPDATE.png from latents; all ranks make them, as a network may be sharded."""
+        if self.accelerator.is_main_process:
+            save_grid(self.out / "samples" / f"{self.progress['total']:06d}{suffix}.png", self.pipe, rows)
+
+    # phases
+
+    def unfinished(self, phases: Sequence):
+        """(place, phase) of those still to do. A phase is finished when finish() has written its results and a checkpoint
+        says so."""
+        if self.checkpoint:
+            self.progress = json.loads((self.checkpoint / "progress.json").read_text())
+            if self.progress["loop"] is None:  # made by finish(): between two phases
+                self.restore()
+        for place in range(self.progress["phase"], len(phases)):
+            yield place, phases[place]
+
+    def finish(self, write: Callable[[], None]) -> None:
+        """The end of a phase: write() its results on the first process, let go of its networks, and a checkpoint."""
+        if self.accelerator.is_main_process:
+            write()
+        self.accelerator.wait_for_everyone()
+        self.trained = {}
+        self.accelerator.free_memory()
+        for thing in self.kept.values():
+            thing.clear()
+        self.progress |= dict(phase=self.progress["phase"] + 1, loop=None, update=0)
+        self.save()
+
+    # the loop
+
+    def updates(self, loop: str, n: int, peak: float, sample: Callable[[], None], decay: bool = True):
+        """Yields the updates of this loop that are still to do, each with its learning rate set; after it log, checkpoint
+        and sample() where they are due and, if the run is asked to stop, the end. A loop done before yields nothing."""
+        from tqdm import tqdm
+
+        start = self.enter(loop)
+        if start == 0:
+            self.draw(sample)
+        bar = tqdm(initial=start, total=n, desc=loop, disable=self.rank != 0 or start >= n, dynamic_ncols=True)
+        clock = time.time()
+        for update in range(start, n):
+            rate = learning_rate(update, n, self.args.warmup, peak, decay)
+            for trained in self.trained.values():
+                for group in trained.optimizer.param_groups:
+                    group["lr"] = rate
+            for model in self.models:
+                model.forwards = 0
+            yield update
+            self.progress |= dict(loop=loop, update=update + 1, total=self.progress["total"] + 1)
+            self.progress["forwards"] += sum(model.forwards for model in self.models)
+            bar.update()
+            total, is_last = self.progress["total"], update + 1 == n
+            if total % self.args.log_every == 0 or is_last:
+                self.log(loop, n, rate, time.time() - clock)
+                clock = time.time()
+            stop, due = self.stop.agreed(self.accelerator), total % self.args.save_every == 0 or is_last
+            if stop or due:
+                self.save()
+            if due:
+                self.draw(sample)
+            if stop and not is_last:
+                bar.close()
+                self.print(f"stopped after update {total}: saved; --resume goes on")
+                self.accelerator.end_training()
+                raise SystemExit
+        bar.close()
+
+    def draw(self, sample: Callable[[], None]) -> None:
+        """A sample grid, unless one of these weights was drawn already."""
+        if self.drawn != self.progress["total"]:
+            sample()
+            self.drawn = self.progress["total"]
+
+    def minibatches(self, trained: Trained | None):
+        """The mini-batches of an update on each process; ranks exchange gradients at the last. None: nothing is trained."""
+        for _ in range(self.accumulation):
+            with self.accelerator.accumulate(trained.network) if trained else nullcontext():
+                yield
+
+    def backward(self, losses: Tensor, t: Tensor | None = None, source: str | None = None, cost: float = 2) -> None:
+        """Add the gradient of losses [B]; with their timesteps and source, into the metrics. SystemExit on all ranks if
+        they are not finite. cost: UNet forwards of a sample that the backward pass counts as."""
+        loss = losses.mean()
+        self.check_finite(self.accelerator.reduce(loss.detach(), "mean"), f"loss on {source or 'generated'} states")
+        self.accelerator.backward(loss)
+        self.progress["forwards"] += cost * len(losses)
+        if source:
+            losses = losses.detach()
+            self.note({"loss": losses, f"loss_{source}": losses, "t_mean": t})
+            bins = torch.tensor(self.bins, device=t.device)  # the loss of t in (previous one, t]
+            self.metrics.add_by([f"loss_t{b}" for b in self.bins], torch.bucketize(t, bins), losses)
+
+    def check_finite(self, value: Tensor, what: str) -> None:
+        if not torch.isfinite(value):  # the same verdict on all ranks
+            last = last_checkpoint(self.out / "checkpoints") or "none yet"
+            raise SystemExit(
+                f"update {self.progress['total'] + 1}: the {what} is {value.item()}; stopped. The last good checkpoint: "
+                f"{last}; a lower --learning_rate may help"
+            )
+
+    def step(self, trained: Trained, max_norm: float, column: str = "grad_norm") -> None:
+        """Clip the gradient, AdamW, and leave no gradient."""
+        if self.accelerator.is_fsdp2:  # accelerate's own would compare the parameters of two networks by value
+            self.accelerator.unscale_gradients()
+            norm = whole(torch.nn.utils.clip_grad_norm_(trained.parameters, max_norm))
+        else:
+            norm = self.accelerator.clip_grad_norm_(trained.parameters, max_norm)
+        if self.accelerator.scaler is None:  # fp16's scaler skips such updates
+            self.check_finite(norm, "gradient's norm")
+        self.note({column: norm})
+        trained.optimizer.step()
+        trained.optimizer.zero_grad()
+
+    def note(self, columns: dict[str, Tensor]) -> None:
+        for column, values in columns.items():
+            self.metrics.add(column, values)
+
+    def log(self, loop: str, n: int, rate: float, seconds: float) -> None:
+        """A row of metrics.csv and a line; at a loop's first and last one a warning where `reflect` distorts or is idle."""
+        from tqdm import tqdm
+
+        update, total = self.progress["update"], self.progress["total"]
+        forwards = f"{self.progress['forwards'] * self.n_ranks:.10g}"
+        labels = self.labels | dict(update=update, total_updates=total, unet_forwards=forwards)
+        means = self.metrics.flush(self.accelerator, **labels, lr=f"{rate:.3g}", seconds=f"{seconds:.2f}")
+        self.accelerator.log(means, step=total)
+        if self.rank != 0:
+            return
+        shown = [
+            f"{column} {means[column]:.4f}" for column in ("loss", "loss_matching", "loss_fake") if column in means
+        ]
+        tqdm.write(f"{loop}: {update}/{n} {' '.join(shown)} lr {rate:.1e}")
+        moved = {name: value for name, value in means.items() if name.startswith("moved_")}
+        if self.support and moved and (update <= self.args.log_every or update == n):
+            shares = ", ".join(f"{name} {value:.1%}" for name, value in moved.items())
+            if max(moved.values()) > 0.2:
+                tqdm.write(
+                    f"warning: --reflect {self.args.reflect}: {shares} of x estimates: it distorts; take a wider range"
+                )
+            elif update == n and not any(moved.values()):
+                tqdm.write(f"warning: --reflect {self.args.reflect}: {shares} of x estimates: it does nothing")
+
+    # checkpoints
+
+    def save(self) -> None:
+        """checkpoints/<update>: progress, networks and optimisers (whole, so the same under every engine) and every rank's
+        own state. Written under another name and renamed: a kill leaves the old one or the new one; older ones go after."""
+        folder, total = self.out / "checkpoints", self.progress["total"]
+        temporary, final, is_main = folder / "saving", folder / f"{total:08d}", self.accelerator.is_main_process
+        self.progress["rows"] = self.metrics.rows
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            (temporary / "progress.json").write_text(json.dumps(self.progress))
+        for name, state in self.network_states():  # all ranks must ask
+            if is_main:
+                torch.save(state, temporary / f"{name}.pt")
+        self.accelerator.wait_for_everyone()
+        torch.save(self.rank_state(), temporary / f"rank-{self.rank}.pt")
+        self.accelerator.wait_for_everyone()
+        if is_main:
+            while final.exists():  # saved again at the same update: a later name, so that there always is a whole one
+                final = final.with_name(final.name + "+")
+            temporary.rename(final)
+            for old in folder.iterdir():
+                if old != final:
+                    shutil.rmtree(old, ignore_errors=True)  # on network drives, a file that is still mapped stays
+        self.accelerator.wait_for_everyone()
+
+    def network_states(self):
+        """(name, state) one by one, gathered on the first rank's CPU where an engine has sharded them."""
+        for name, trained in self.trained.items():
+            yield name, get_model_state_dict(trained.network, options=WHOLE)
+            yield (
+                f"{name}_optimizer",
+                get_optimizer_state_dict(trained.network, trained.optimizer.optimizer, options=WHOLE),
+            )
+        for name, thing in self.kept.items():
+            if isinstance(thing, torch.nn.Module):
+                yield name, thing.state_dict()
+
+    def rank_state(self) -> dict:
+        """This rank's own part: generators, place in the data, metrics, support, fp16's scaler, what is kept."""
+        scaler = self.accelerator.scaler
+        own = {name: thing.state_dict() for name, thing in self.kept.items() if not isinstance(thing, torch.nn.Module)}
+        streams = dict(noise=self.noise.get_state(), shared=self.shared.get_state(), data=self.data.position())
+        more = dict(metrics=self.metrics.totals, support=self.support, scaler=scaler.state_dict() if scaler else {})
+        return streams | more | dict(kept=own)
+
+    def enter(self, loop: str) -> int:
+        """The first update of a loop: 0, past its end if it was done before, or where the checkpoint was made."""
+        if self.checkpoint is None:
+            return 0
+        if json.loads((self.checkpoint / "progress.json").read_text())["loop"] != loop:
+            return sys.maxsize  # an earlier loop than the checkpoint's
+        self.restore()
+        return self.progress["update"]
+
+    def restore(self) -> None:
+        """Everything that the checkpoint holds."""
+        folder, self.checkpoint = self.checkpoint, None
+        for name, trained in self.trained.items():
+            set_model_state_dict(trained.network, load_state(folder / f"{name}.pt"), options=WHOLE)
+            state = load_state(folder / f"{name}_optimizer.pt")
+            set_optimizer_state_dict(trained.network, trained.optimizer.optimizer, state, options=WHOLE)
+        mine = load_state(folder / f"rank-{self.rank}.pt")
+        for name, thing in self.kept.items():
+            is_network = isinstance(thing, torch.nn.Module)
+            thing.load_state_dict(load_state(folder / f"{name}.pt") if is_network else mine["kept"][name])
+        self.noise.set_state(mine["noise"])
+        self.shared.set_state(mine["shared"])
+        self.data.restore(mine["data"])
+        self.metrics.totals = mine["metrics"].to(self.device)
+        self.support = mine["support"] and tuple(bound.to(self.device) for bound in mine["support"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(mine["scaler"])
+        self.progress = json.loads((folder / "progress.json").read_text())
+        self.metrics.rows = self.progress["rows"]
+        if self.accelerator.is_main_process:
+            self.metrics.go_back(self.metrics.rows)
+
+    def end(self, message: str) -> None:
+        self.print(message)
+        self.accelerator.end_training()

@@ -48,7 +48,7 @@ from tqdm import tqdm
 from common import (
     CLEAN, LatentData, PromptEncoder, UNetModel, add_noise, dpm_solver, find_pipeline, fingerprint, frozen_dtype, in_order,
     latent_shape, load_images, load_pipeline, load_schedule, mixed_rollout, noise_generator, noise_of, open_pipeline, priors_of, rotation,
-    save_sheet, seed_of, start_accelerator, student_rollout, teacher_rollout, timestep_grid, wait_for_output_dir,
+    save_sheet, seed_of, start_accelerator, student_rollout, teacher_rollout, timestep_grid,
     with_guidance,
 )  # fmt: skip
 
@@ -456,7 +456,7 @@ def generate(ev: "Evaluation", name: str, settings: dict, sample: Sampler, promp
     rows = [{"file": f.name, "prompt": p, "noise": first_noise + i} for i, (f, p) in enumerate(zip(files, prompts))]
     if accelerator.is_main_process:
         claim(folder, {"settings": settings, "images": rows}, ev.args.overwrite)
-    wait_for_output_dir(accelerator, folder)
+    accelerator.wait_for_everyone()
     mine = range(accelerator.process_index, len(files), accelerator.num_processes)
     todo = [i for i in mine if not files[i].exists()]
     batches = [todo[k : k + ev.args.batch_size] for k in range(0, len(todo), ev.args.batch_size)]
