@@ -20,24 +20,18 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as whole_state
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Noise schedule
@@ -437,7 +431,7 @@ def find_pipeline(name: str, flag: str) -> str:
         )
     try:
         return diffusers.DiffusionPipeline.load_config(name, local_files_only=not is_hub_name)["_class_name"]
-    except Exception as error:  # the libraries raise many kinds, all with a usable message
+    except Exception as error:  # noqa: BLE001  the libraries raise many kinds, all with a usable message
         raise SystemExit(f"{flag} {name}: cannot be loaded ({error})")
 
 
@@ -461,7 +455,7 @@ def open_pipeline(name: str, flag: str):
                 **(extra if kind == "StableDiffusionPipeline" else {}),
             )
             break
-        except Exception as error:  # as above
+        except Exception as error:  # noqa: BLE001  as above
             failures.append(error)
     else:
         raise SystemExit(f"{flag} {name}: cannot be loaded ({failures[0]})")
@@ -559,7 +553,7 @@ class PromptEncoder:
     def tokenize(self, captions: Sequence[str], sizes: Tensor | None = None) -> Tensor:
         """Token ids [B, encoders, L] on the CPU. SDXL's have one row more, which begins with the size conditioning: `sizes`
         [B, 6] (original height and width, crop top and left, target height and width) or, as at inference, all of an image."""
-        padded = dict(padding="max_length", truncation=True, return_tensors="pt")
+        padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         ids = [t(list(captions), max_length=t.model_max_length, **padded).input_ids for t in self.tokenizers]
         ids = torch.stack(ids, dim=1)
         if not self.xl:
@@ -631,19 +625,17 @@ def load_images(
         splits = datasets.load_dataset(str(path.resolve()) if path.exists() else name, streaming=streaming)
         train = splits["train"] if "train" in splits else next(iter(splits.values()))
         features = train.features or train._resolve_features().features
-    except Exception as error:  # as above
+    except Exception as error:  # noqa: BLE001  as above
         raise SystemExit(f"{flag} {name}: cannot be read as a data set ({error})")
     for column, what in ((image_column, "--image_column"), (caption_column, "--caption_column")):
         if column and column not in features:
             raise SystemExit(f"{what} {column}: {flag} {name} has the columns {list(features)}")
-    images = [image_column] if image_column else [c for c, f in features.items() if isinstance(f, datasets.Image)]
-    captions = (
-        [caption_column] if caption_column else [c for c in ("caption", "text", "txt", "prompt") if c in features]
-    )
-    missing = ["images"] * (need_images and not images)
-    missing += ["captions (a column caption, text, txt or prompt)"] * (need_captions and not captions)
-    if missing:
-        raise SystemExit(f"{flag} {name}: has no {missing[0]}; its columns are {list(features)}")
+    images = [c for c, f in features.items() if (c == image_column if image_column else isinstance(f, datasets.Image))]
+    usual = [caption_column] if caption_column else ["caption", "text", "txt", "prompt"]
+    captions = [c for c in usual if c in features]
+    for what, needed, found in (("images", need_images, images), ("captions", need_captions, captions)):
+        if needed and not found:
+            raise SystemExit(f"{flag} {name}: has no {what}; its columns are {list(features)}")
 
     def columns(split):
         names = dict.fromkeys(images[:1], "image") | dict.fromkeys(captions[:1], "caption")
@@ -655,10 +647,8 @@ def load_images(
         return columns(train), []
     held_out = next((splits[s] for s in ("test", "validation") if s in splits), None)
     if streaming:
-        prompts = [
-            row["caption"]
-            for row in columns(train if held_out is None else held_out).select_columns("caption").take(HELD_OUT)
-        ]
+        rows = columns(train if held_out is None else held_out).select_columns("caption").take(HELD_OUT)
+        prompts = [row["caption"] for row in rows]
         if held_out is None:
             train = train.skip(HELD_OUT)
             train._ex_iterable.split_when_sharding = False  # of each rank's files so many; not shared out among them
@@ -669,10 +659,9 @@ def load_images(
         prompts = list(columns(held_out)["caption"])
     if not prompts or not streaming and len(train) == 0:
         raise SystemExit(f"{flag} {name}: its {'training' if prompts else 'test'} split is empty")
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise SystemExit(
-            f"{flag} {name}: row {[isinstance(p, str) for p in prompts].index(False)} of its test split has no caption"
-        )
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise SystemExit(f"{flag} {name}: row {row} of its test split has no caption")
     return columns(train), prompts
 
 
@@ -689,18 +678,6 @@ def undecoded(dataset):
     return dataset.cast_column("image", datasets.Image(decode=False)) if "image" in dataset.column_names else dataset
 
 
-def reason_against(row: dict) -> str | None:
-    """Why an undecoded row cannot be trained on, or None; its image becomes a PIL image in RGB."""
-    import datasets
-
-    try:
-        if "image" in row:
-            row["image"] = datasets.Image().decode_example(row["image"]).convert("RGB")
-    except Exception as error:  # whatever a broken file raises is a reason to report, not to stop
-        return f"unreadable image ({type(error).__name__})"
-    return None if isinstance(row["caption"], str) and row["caption"].strip() else "no caption"
-
-
 def fit_square(image, size: int):
     """The central square of a PIL image at size x size pixels: what is trained on."""
     from PIL import Image, ImageOps
@@ -713,42 +690,40 @@ def samples_of(columns: dict[str, Sequence]) -> list[dict]:
 
 
 def decode(row: dict, size: int) -> tuple[str | None, dict]:
-    """(why an undecoded row cannot be trained on, or None; its copy with "pixels" [H, W, 3] uint8, what is trained on of its
-    image, and the image's own height and width)."""
+    """(why an undecoded row cannot be trained on, or None; its caption and, where it has an image, "pixels" [H, W, 3] uint8,
+    what is trained on of it, and the image's own "height_width")."""
+    import datasets
     import numpy as np
 
-    reason = reason_against(row := dict(row))
-    if reason is None and "image" in row:
-        image = row.pop("image")
-        row |= {"pixels": np.asarray(fit_square(image, size)), "height_width": (image.height, image.width)}
-    return reason, row
-
-
-def check_images(dataset, size: int, sheet: Path) -> Counter:
-    """Counts of samples: "usable", or the reason why one cannot be trained on. The first eight usable images and their
-    captions are drawn to the PNG file `sheet`."""
-    from tqdm import tqdm
-
-    counts, examples = Counter(usable=0), {}
-    for row in tqdm(undecoded(dataset), desc="checking"):
-        reason = reason_against(row)
-        counts[reason or "usable"] += 1
-        if not reason and "image" in row and len(examples) < 8:
-            examples[f"{counts['usable']}. {row['caption'][:70]}"] = [fit_square(row["image"], size)]
-    if examples:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        save_sheet(sheet, examples, label_width=450)
-    return counts
+    sample = {"caption": row["caption"]}
+    try:
+        if "image" in row:
+            image = datasets.Image().decode_example(row["image"]).convert("RGB")
+            sample |= {"pixels": np.asarray(fit_square(image, size)), "height_width": (image.height, image.width)}
+    except Exception as error:  # noqa: BLE001  whatever a broken file raises is a reason to report, not to stop
+        return f"unreadable image ({type(error).__name__})", sample
+    return (None if isinstance(row["caption"], str) and row["caption"].strip() else "no caption"), sample
 
 
 def report_on_data(args, pipe, dataset, accelerator) -> str:
-    """What --check_data prints, on the first process."""
+    """What --check_data prints, on the first process: counts of usable samples and of reasons why one cannot be trained on.
+    The first eight usable images and their captions are drawn to OUTPUT_DIR-data.png."""
+    from PIL import Image
+    from tqdm import tqdm
+
     if not accelerator.is_main_process:
         return ""
-    sheet = Path(f"{Path(args.output_dir)}-data.png")
-    counts = check_images(dataset, latent_shape(pipe)[1] * pipe.vae_scale_factor, sheet)
-    lines = [f"{reason:24} {n}" for reason, n in counts.items()]
-    return "\n".join(lines + [f"{'examples':24} {sheet}"] * ("image" in dataset.column_names and counts["usable"] > 0))
+    counts, examples, sheet = Counter(usable=0), {}, Path(f"{Path(args.output_dir)}-data.png")
+    for row in tqdm(undecoded(dataset), desc="checking"):
+        reason, sample = decode(row, latent_shape(pipe)[1] * pipe.vae_scale_factor)
+        counts[reason or "usable"] += 1
+        if not reason and "pixels" in sample and len(examples) < 8:
+            examples[f"{counts['usable']}. {sample['caption'][:70]}"] = [Image.fromarray(sample["pixels"])]
+    if examples:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        save_sheet(sheet, examples, label_width=450)
+    lines = [*counts.items(), *[("examples", sheet)] * bool(examples)]
+    return "\n".join(f"{what:24} {value}" for what, value in lines)
 
 
 class LatentData:
@@ -762,16 +737,7 @@ class LatentData:
     MAX_UNUSABLE = 0.05  # share of unusable samples that stops a run
 
     def __init__(
-        self,
-        dataset,
-        pipe,
-        prompts: PromptEncoder,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        n_ranks: int,
-        generator: torch.Generator,
-        cache: bool,
+        self, dataset, pipe, prompts, batch_size, seed, rank, n_ranks, generator: torch.Generator, cache: bool
     ):
         self.dataset, self.prompts, self.batch_size = dataset, prompts, batch_size
         self.seed, self.rank, self.n_ranks, self.generator = seed, rank, n_ranks, generator
@@ -779,10 +745,7 @@ class LatentData:
         self.shape = latent_shape(pipe)
         self.size = self.shape[1] * pipe.vae_scale_factor
         self.seen, self.unusable = 0, Counter()
-        self.threads, self.ahead = (
-            ThreadPoolExecutor(),
-            {},
-        )  # images are decoded side by side, those of the next batch ahead
+        self.threads, self.ahead = ThreadPoolExecutor(), {}  # images are decoded side by side, the next batch's ahead
         self.open(cache)
 
     def open(self, cache: bool) -> None:
@@ -813,39 +776,22 @@ class LatentData:
             moments, ids = self.encode_samples(samples)
             return {"moments": moments.flatten(1).cpu().numpy(), "ids": ids.flatten(1).numpy()}
 
-        key = seed_of(
-            fingerprint(self.vae), self.dataset._fingerprint, self.size, self.prompts.tokenize(["a red 7"]).tolist()
-        )
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddil-latents" / f"{key:08x}"
+        tokens = self.prompts.tokenize(["a red 7"]).tolist()
+        key = f"{seed_of(fingerprint(self.vae), self.dataset._fingerprint, self.size, tokens):08x}"
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddil-latents" / key
         folder.mkdir(parents=True, exist_ok=True)
-
-        def file_of(rank: int) -> Path:
-            return folder / f"{rank}-of-{self.n_ranks}.arrow"
+        types = {"moments": datasets.List(datasets.Value("float32")), "ids": datasets.List(datasets.Value("int64"))}
+        settings = {"batched": True, "batch_size": self.batch_size, "remove_columns": self.raw.column_names}
+        settings |= {"features": datasets.Features(types), "desc": "caching latents"}
 
         def part(rank: int):
-            return self.raw.shard(self.n_ranks, rank, contiguous=True).map(
-                encode,
-                batched=True,
-                batch_size=self.batch_size,
-                remove_columns=self.raw.column_names,
-                desc="caching latents",
-                cache_file_name=str(file_of(rank)),
-                new_fingerprint=f"{key:08x}-{rank}-of-{self.n_ranks}",
-                features=datasets.Features(
-                    {"moments": datasets.List(datasets.Value("float32")), "ids": datasets.List(datasets.Value("int64"))}
-                ),
-            )
+            name = f"{rank}-of-{self.n_ranks}"
+            files = {"cache_file_name": str(folder / f"{name}.arrow"), "new_fingerprint": f"{key}-{name}"}
+            return self.raw.shard(self.n_ranks, rank, contiguous=True).map(encode, **settings, **files)
 
         part(self.rank)
         if self.n_ranks > 1:
             torch.distributed.barrier()
-            with_rows = range(min(self.n_ranks, len(self.raw)))
-            missing = next((rank for rank in with_rows if not file_of(rank).exists()), None)
-            if missing is not None:
-                raise SystemExit(
-                    f"--cache_latents: process {self.rank} does not see what process {missing} has encoded in {folder}; let "
-                    "HF_DATASETS_CACHE be a folder that all nodes share, or take --no-cache_latents"
-                )
         cache = datasets.concatenate_datasets([part(rank) for rank in range(self.n_ranks)]).with_format("numpy")
         if len(cache) == 0:
             raise SystemExit(f"--data: none of {len(self.dataset)} samples can be used: {self.reasons()}")
@@ -876,17 +822,11 @@ class LatentData:
         self.seen += len(samples)
         before = self.unusable.total()
         self.unusable.update(reason for reason in reasons if reason)
-        if self.unusable.total().bit_length() > before.bit_length():  # at the 1st, 2nd, 4th, 8th, ...
-            print(
-                f"warning: --data: skipped {self.reasons()} among the first {self.seen} samples of a process",
-                file=sys.stderr,
-                flush=True,
-            )
-        if self.unusable.total() > max(4, self.MAX_UNUSABLE * self.seen):
-            raise SystemExit(
-                f"--data: {self.unusable.total()} of the first {self.seen} samples cannot be used: {self.reasons()}; --check_data "
-                "counts them all"
-            )
+        now, among = self.unusable.total(), f"among the first {self.seen} samples of a process"
+        if now.bit_length() > before.bit_length():  # at the 1st, 2nd, 4th, 8th, ...
+            print(f"warning: --data: skipped {self.reasons()} {among}", file=sys.stderr, flush=True)
+        if now > max(4, self.MAX_UNUSABLE * self.seen):
+            raise SystemExit(f"--data: {now} {among} cannot be used: {self.reasons()}; --check_data counts them all")
         return [sample for sample, reason in zip(samples, reasons) if not reason]
 
     @torch.no_grad()
@@ -895,13 +835,12 @@ class LatentData:
         import numpy as np
 
         n, original = self.size, torch.tensor([sample["height_width"] for sample in samples])  # [B, 2]
-        corners = (
-            (original * n / original.amin(dim=1, keepdim=True)).round() - n
-        ) // 2  # of the crop, in the image as it is scaled
+        scaled = (original * n / original.amin(dim=1, keepdim=True)).round()
+        corners = (scaled - n) // 2  # of the crop, in the image as it is scaled
         sizes = torch.cat([original, corners.long(), torch.full_like(original, n)], dim=1)
         pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples])).permute(
             0, 3, 1, 2
-        )  # [B, 3, H, W] uint8
+        )  # [B, 3, H, W]
         moments = []
         for part in pixels.split(16):  # the VAE's activations at full resolution are large
             posterior = self.vae.encode(part.to(self.prompts.device) / 127.5 - 1).latent_dist
@@ -954,9 +893,7 @@ class LatentData:
         if self.cache is not None:
             return self.prompts.with_sizes(self.unflatten_ids(self.cache.select_columns("ids")[rows.tolist()]["ids"]))
         captions = samples_of(self.dataset.select_columns("caption")[rows.tolist()])
-        samples = self.usable_rows(
-            rows, [decode(row, self.size) for row in captions]
-        )  # not behind images in the threads' queue
+        samples = self.usable_rows(rows, [decode(row, self.size) for row in captions])  # not in the threads' queue
         return self.prompts.tokenize([sample["caption"] for sample in samples])
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
@@ -975,16 +912,13 @@ class StreamedData(LatentData):
         from datasets.distributed import split_dataset_by_node
 
         self.cache = None  # latents on disk would be a copy of the stream
-        files, strategy = (
-            self.dataset.num_shards,
-            "auto",
-        )  # whole files, if they can be shared out evenly; or every n-th row of all
-        if files >= 10 * self.n_ranks:
-            strategy = "shards"  # whole files, nearly evenly
-        elif files % self.n_ranks and self.rank == 0:
+        files, n = self.dataset.num_shards, self.n_ranks
+        # whole files, nearly evenly; of few files whole ones if they can be shared evenly, else every n-th row of all
+        strategy = "shards" if files >= 10 * n else "auto"
+        if strategy == "auto" and files % n and self.rank == 0:
+            faster = f"{10 * n} files or a multiple of the processes are faster"
             print(
-                f"warning: --streaming: {self.n_ranks} processes cannot share {files} files, so each reads them all; {10 * self.n_ranks} "
-                "files or a multiple of the processes are faster",
+                f"warning: --streaming: {n} processes read all {files} files each; {faster}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -1074,12 +1008,11 @@ def number(kind: type, wanted: str, is_ok: Callable) -> Callable:
 
     def parse(text: str):
         try:
-            value = kind(text)
+            if is_ok(kind(text)):
+                return kind(text)
         except ValueError:
-            value = None
-        if value is None or not is_ok(value):
-            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
-        return value
+            pass
+        raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
 
     return parse
 
@@ -1090,67 +1023,53 @@ seed_int = number(int, "a whole number from 0 to 2^31 - 1", lambda n: 0 <= n < 2
 positive = number(float, "> 0 and finite", lambda x: 0 < x < math.inf)
 non_negative = number(float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
 share = number(float, "in [0, 1]", lambda x: 0 <= x <= 1)
-
-
-def is_threshold(text: str) -> bool:
-    return text in ("measured", "none") or 0 < float(text) < math.inf
-
-
-threshold = number(str, "measured, none or a positive radius", is_threshold)
+threshold = number(
+    str, "measured, none or a positive radius", lambda x: x in ("measured", "none") or 0 < float(x) < math.inf
+)
 
 
 def flag_parser(doc: str, recipes: dict):
-    """(parser, its group of the paper's flags) with what the three scripts share. No flag has a default: recipes have."""
-    p = argparse.ArgumentParser(
-        usage="%(prog)s [FLAGS]; --help lists them",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    """(parser, add_argument of its group "paper") with what the scripts share. No flag has a default: recipes have."""
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    p = argparse.ArgumentParser(usage="%(prog)s [FLAGS]; --help lists them", description=doc, **form)
+    p.add_argument("--recipe", choices=recipes, help="table of defaults (default tiny: all offline, CPU, minutes)")
+    paper, run, choice = p.add_argument_group("paper"), p.add_argument_group("run"), argparse.BooleanOptionalAction
+    add = paper.add_argument
+    add("--teacher", help="pipeline to distil: folder or hub name")
+    add("--data", help="images with captions: folder (parquet, imagefolder, webdataset) or hub name")
+    add("--reflect", type=threshold, help="threshold for x estimates: measured | none | a radius (App. A; [D15])")
+    add("--global_batch_size", type=positive_int, help="samples an update, over all processes (sec. 5)")
+    add("--warmup", type=natural_int, help="updates of warm-up (sec. 5: 500)")
+    add = run.add_argument
+    add("--batch_size", type=positive_int, help="samples a process and forward; accumulation makes up the global batch")
+    add("--output_dir", help="run folder (default runs/SCRIPT-RECIPE)")
+    add("--seed", type=seed_int, help="of everything random")
+    add("--resume", action="store_true", help="go on with the run in output_dir")
+    add("--overwrite", action="store_true", help="delete the run in output_dir first")
+    add("--dry_run", action="store_true", help="print the resolved recipe and batch arithmetic, then stop")
+    add("--check_data", action="store_true", help="count usable samples, draw some to OUTPUT_DIR-data.png, then stop")
+    add("--max_updates", type=positive_int, help="end each part of a phase after so many updates (for tests)")
+    add("--gradient_checkpointing", action=choice, help="trade time for memory")
+    add("--compile", action=choice, help="torch.compile for all UNets: minutes at the start, faster updates")
+    add(
+        "--cache_latents",
+        action=choice,
+        help="encode all images once and keep their latents on disk, for later runs too",
     )
-    choice = argparse.BooleanOptionalAction
-    names = ", ".join(recipes)
-    p.add_argument("--recipe", choices=recipes, metavar="NAME", help=f"table of defaults: {names} (tiny: offline, CPU)")
-    paper = p.add_argument_group("paper")
-    paper.add_argument("--teacher", help="pipeline to distil: folder or hub name")
-    paper.add_argument("--data", help="images with captions: folder (parquet, imagefolder, webdataset) or hub name")
-    paper.add_argument("--reflect", type=threshold, help="of x estimates: measured | none | a radius (App. A; [D15])")
-    paper.add_argument("--global_batch_size", type=positive_int, help="samples an update, over all processes")
-    paper.add_argument("--warmup", type=natural_int, help="updates of warm-up (sec. 5: 500)")
-    run = p.add_argument_group("run")
-    run.add_argument(
-        "--batch_size", type=positive_int, help="samples a process and forward; accumulation does the rest"
-    )
-    run.add_argument("--output_dir", help="run folder (default runs/SCRIPT-RECIPE)")
-    run.add_argument("--seed", type=seed_int, help="of everything random")
-    run.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
-    run.add_argument("--overwrite", action="store_true", help="delete the run in output_dir first")
-    run.add_argument("--dry_run", action="store_true", help="print the resolved recipe and batch arithmetic, then stop")
-    run.add_argument(
-        "--check_data", action="store_true", help="count usable samples, draw some to OUTPUT_DIR-data.png, stop"
-    )
-    run.add_argument("--max_updates", type=positive_int, help="end each phase's part after so many updates (for tests)")
-    run.add_argument("--gradient_checkpointing", action=choice, help="trade time for memory")
-    run.add_argument(
-        "--compile", action=choice, help="torch.compile for all UNets: minutes at the start, faster updates"
-    )
-    run.add_argument(
-        "--cache_latents", action=choice, help="encode all images once; latents stay on disk for later runs"
-    )
-    run.add_argument("--streaming", action=choice, help="read the data in order while training; nothing is copied")
-    run.add_argument("--image_column", help="of the data (default: its first column of images)")
-    run.add_argument("--caption_column", help="of the data (default: caption, text, txt or prompt)")
-    run.add_argument("--log_every", type=positive_int, help="updates between lines and rows of metrics.csv")
-    run.add_argument("--save_every", type=positive_int, help="updates between checkpoints and sample grids")
-    run.add_argument("--report_to", help="a tracker that accelerate knows (tensorboard, wandb, ...); default none")
-    return p, paper
+    add("--streaming", action=choice, help="read the data in order while training; nothing is copied or cached")
+    add("--image_column", help="of the data (default: its first column of images)")
+    add("--caption_column", help="of the data (default: caption, text, txt or prompt)")
+    add("--log_every", type=positive_int, help="updates between lines and rows of metrics.csv")
+    add("--save_every", type=positive_int, help="updates between checkpoints and sample grids")
+    add("--report_to", help="a tracker that accelerate knows (tensorboard, wandb, ...); default none")
+    return p, paper.add_argument
 
 
-def add_prior_flags(paper, plain: str) -> None:
-    """Alg. 1's sources, of LCM and DMD2; `plain`: the setting that is the baseline."""
-    lists = dict(type=share, nargs="+")
-    paper.add_argument("--p_forward", **lists, help="share of forward diffusion; a list is for equal parts of the run")
-    paper.add_argument("--p_teacher", **lists, help="share of the teacher's trajectories")
-    paper.add_argument("--p_student", **lists, help=f"share of the student's trajectories; plain is {plain}")
+def add_prior_flags(add: Callable, plain: str) -> None:
+    """Alg. 1's sources, of LCM and DMD2: a list is for equal parts of the run. `plain`: the setting of the baseline."""
+    add("--p_forward", type=share, nargs="+", help=f"share of forward diffusion, one value or a list; {plain}")
+    add("--p_teacher", type=share, nargs="+", help="share of the teacher's trajectories")
+    add("--p_student", type=share, nargs="+", help="share of the student's trajectories")
 
 
 ACTIONS = ("resume", "overwrite", "dry_run", "check_data")  # flags that are no setting of a run
@@ -1248,11 +1167,11 @@ def start_accelerator(**settings):
     an engine that these scripts cannot use."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    launched, has_gpu = int(os.environ.get("WORLD_SIZE", 1)), torch.accelerator.is_available()
+    launched, has_gpu = int(os.environ.get("WORLD_SIZE", "1")), torch.accelerator.is_available()
     if "ACCELERATE_USE_CPU" in os.environ and not has_gpu:
         # accelerate launch leaves each process one thread, whatever the machine has
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(torch.get_num_threads(), cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(torch.get_num_threads(), cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # or transformers would leave the text encoders empty on all ranks but the first; they are not sharded
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -1419,27 +1338,28 @@ def save_sheet(path: Path, rows: dict[str, list], label_width: int = 110) -> Non
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a flag that the training loop reads between two updates, the same on all ranks.
-    Another one after five seconds stops at once (launchers may pass the first one on twice)."""
+    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between two updates, the same on all ranks. Another one
+    after five seconds stops at once (launchers may pass the first one on twice)."""
 
     def __init__(self):
-        self.asked = 0.0  # when
+        self.asked = math.inf  # when
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self.ask)
 
-    def _ask(self, *_):
-        if self.asked and time.monotonic() - self.asked > 5:
+    def ask(self, *_):
+        if time.monotonic() - self.asked > 5:
             raise KeyboardInterrupt
-        self.asked = self.asked or time.monotonic()
+        self.asked = min(self.asked, time.monotonic())
 
     def agreed(self, accelerator) -> bool:
-        return accelerator.reduce(torch.tensor(float(self.asked > 0), device=accelerator.device), "sum").item() > 0
+        asked = torch.tensor(float(self.asked < math.inf), device=accelerator.device)
+        return accelerator.reduce(asked, "sum").item() > 0
 
 
 # --- the engine ---
 
 # What an engine has sharded is gathered on the first rank's CPU; all ranks must ask. Keys are a parameter's name everywhere.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = whole_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -1475,16 +1395,13 @@ class Run:
         self.accelerator = start_accelerator(log_with=args.report_to, project_dir=args.output_dir)
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.n_ranks = self.accelerator.num_processes
-        self.facts = dict(world_size=self.n_ranks, mixed_precision=self.accelerator.mixed_precision)
-        if args.resume:
-            refuse_changes(self.facts, json.loads((self.out / "config.json").read_text()))
+        self.facts = {"world_size": self.n_ranks, "mixed_precision": self.accelerator.mixed_precision}
+        self.refuse_changes()
         args.batch_size = args.batch_size or max(1, args.global_batch_size // self.n_ranks)
         self.accumulation, rest = divmod(args.global_batch_size, args.batch_size * self.n_ranks)
         if rest or not self.accumulation:
-            raise SystemExit(
-                f"--global_batch_size {args.global_batch_size}: must be a multiple of --batch_size {args.batch_size} times "
-                f"{self.n_ranks} process(es)"
-            )
+            share = f"--batch_size {args.batch_size} times {self.n_ranks} process(es)"
+            raise SystemExit(f"--global_batch_size {args.global_batch_size}: must be a multiple of {share}")
         self.accelerator.gradient_accumulation_steps = self.accumulation
         if self.accelerator.is_main_process and not (args.dry_run or args.check_data):
             check_output_dir(args)
@@ -1494,24 +1411,27 @@ class Run:
         self.models = WeakSet()  # all that are made by model(), while they live
         self.print = self.accelerator.print
 
+    def refuse_changes(self) -> None:
+        """SystemExit if a resumed run was launched otherwise, or has other networks."""
+        if self.args.resume:
+            refuse_changes(self.facts, json.loads((self.out / "config.json").read_text()))
+
     def open(self, script: str, labels, columns, plan: dict, networks=None, need_images=True) -> None:
         """Data, support [D15], random streams, metrics and folder. Ends here for --dry_run, which also prints `plan`, and
         --check_data. `networks`: by name, what a resumed run must find unchanged (the teacher's UNet)."""
         from accelerate.utils import set_seed
 
-        args, device = self.args, self.device
-        dataset, self.held_out = load_images(
-            args.data, "--data", need_images, True, args.streaming, args.image_column, args.caption_column
-        )
-        has_images = "image" in dataset.column_names
-        if args.reflect == "measured" and not has_images:
+        args, device, networks = self.args, self.device, networks or {"teacher": self.pipe.unet}
+        columns_of_data = args.image_column, args.caption_column
+        dataset, self.held_out = load_images(args.data, "--data", need_images, True, args.streaming, *columns_of_data)
+        if args.reflect == "measured" and "image" not in dataset.column_names:
             raise SystemExit(f"--reflect measured: --data {args.data} has no images to measure; give a radius, or none")
         if args.check_data:
             self.print(report_on_data(args, self.pipe, dataset, self.accelerator))
         if args.dry_run:
-            batch = f"{self.n_ranks} processes x {args.batch_size} x {self.accumulation} accumulated = {args.global_batch_size}"
-            for name, value in {**dict(sorted(vars(args).items())), "": "", "batch": batch, **plan}.items():
-                self.print(f"{name:24} {value}")
+            batch = f"{self.n_ranks} processes x {args.batch_size} x {self.accumulation} accumulated"
+            plan = {**dict(sorted(vars(args).items())), "": "", "batch": f"{batch} = {args.global_batch_size}", **plan}
+            self.print("\n".join(f"{name:24} {value}" for name, value in plan.items()))
         if args.dry_run or args.check_data:
             raise SystemExit
 
@@ -1520,36 +1440,30 @@ class Run:
         self.shared = torch.Generator().manual_seed(seed_of(args.seed, "shared"))  # alike on all ranks [D14]
         self.prompts = PromptEncoder(self.pipe, device)
         cache = args.cache_latents and need_images
-        stream = args, self.pipe, self.prompts, self.rank, self.n_ranks, self.noise, dataset, cache
-        self.data = open_data(*stream)
+        self.data = open_data(args, self.pipe, self.prompts, self.rank, self.n_ranks, self.noise, dataset, cache)
         self.support = support_of(args.reflect, self.data)
         self.null = self.prompts.null()
         self.metrics = Metrics(self.out / "metrics.csv", labels, columns, device)
         self.bins = sorted(int(c.removeprefix("loss_t")) for c in columns if c.removeprefix("loss_t").isdigit())
         self.labels, self.stop, self.drawn = {}, StopRequest(), None
-        self.progress = dict(phase=0, loop=None, update=0, total=0, forwards=0.0, rows=0)
-        self.checkpoint = (
-            last_checkpoint(self.out / "checkpoints") if args.resume else None
-        )  # until its loop is reached
+        self.progress = {"phase": 0, "loop": None, "update": 0, "total": 0, "forwards": 0.0, "rows": 0}
 
-        prints = {id(net): fingerprint(net) for net in (networks or {"teacher": self.pipe.unet}).values()}
-        self.facts |= {
-            f"{name}_weights": prints[id(net)] for name, net in (networks or {"teacher": self.pipe.unet}).items()
-        }
-        if args.resume:
-            refuse_changes(self.facts, json.loads((self.out / "config.json").read_text()))
-        elif self.accelerator.is_main_process:
+        prints = {id(network): fingerprint(network) for network in networks.values()}
+        self.facts |= {f"{name}_weights": prints[id(network)] for name, network in networks.items()}
+        self.refuse_changes()
+        # where a resumed run is until its loop is reached
+        self.checkpoint = last_checkpoint(self.out / "checkpoints") if args.resume else None
+        if self.accelerator.is_main_process and not args.resume:
             self.create_folder(script)
-        if args.resume and not self.checkpoint and self.accelerator.is_main_process:
+        elif self.accelerator.is_main_process and not self.checkpoint:
             self.metrics.go_back(0)
         self.accelerator.wait_for_everyone()
         if not self.out.exists():
             raise SystemExit(f"--output_dir {self.out}: process {self.rank} does not see it; all nodes must share it")
         if args.report_to:
             self.accelerator.init_trackers(Path(script).stem, config={k: str(v) for k, v in vars(args).items()})
-        self.print(
-            f"{self.out}: " + (f"resuming at {self.checkpoint.name}" if self.checkpoint else "starting at update 1")
-        )
+        place = f"resumes after update {int(self.checkpoint.name.strip('+'))}" if self.checkpoint else "starts"
+        self.print(f"{self.out}: {place}")
 
     def create_folder(self, script: str) -> None:
         """The run folder, with config.json and a copy of the code that made it."""
@@ -1581,14 +1495,11 @@ class Run:
         parameters = [p for p in self.compiled(network).parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, fused=self.device.type == "cuda" or None)
         network, optimizer = self.accelerator.prepare(network, optimizer)
-        plain = self.accelerator.unwrap_model(network)
-        self.trained[name] = trained = Trained(network, plain, optimizer)
-        if (
-            self.accelerator.is_fsdp2
-        ):  # accelerate tells parameters by their addresses, which empty shards have in common
-            optimizer.param_groups[0]["params"] = trained.parameters
+        self.trained[name] = Trained(network, self.accelerator.unwrap_model(network), optimizer)
+        if self.accelerator.is_fsdp2:  # accelerate's tells parameters by their addresses: empty shards have the same
+            optimizer.param_groups[0]["params"] = self.trained[name].parameters
         self.drawn = None
-        return trained
+        return self.trained[name]
 
     def keep(self, name: str, thing):
         """Into checkpoints, anything with state_dict / load_state_dict: D_DAgger (each rank its own), a moving average."""
@@ -1616,7 +1527,7 @@ class Run:
         network = self.accelerator.unwrap_model(trained.network, keep_fp32_wrapper=False)
         if not self.accelerator.is_fsdp2:
             return network
-        state = get_model_state_dict(trained.network, options=WHOLE)
+        state = whole_state.get_model_state_dict(trained.network, options=WHOLE)
         if self.accelerator.is_main_process:
             network = type(self.pipe.unet).from_config(network.config)
             network.load_state_dict(state)
@@ -1670,7 +1581,7 @@ class Run:
         self.accelerator.free_memory()
         for thing in self.kept.values():
             thing.clear()
-        self.progress |= dict(phase=self.progress["phase"] + 1, loop=None, update=0)
+        self.progress |= {"phase": self.progress["phase"] + 1, "loop": None, "update": 0}
         self.save()
 
     # the loop
@@ -1693,7 +1604,7 @@ class Run:
             for model in self.models:
                 model.forwards = 0
             yield update
-            self.progress |= dict(loop=loop, update=update + 1, total=self.progress["total"] + 1)
+            self.progress |= {"loop": loop, "update": update + 1, "total": self.progress["total"] + 1}
             self.progress["forwards"] += sum(model.forwards for model in self.models)
             bar.update()
             total, is_last = self.progress["total"], update + 1 == n
@@ -1739,11 +1650,9 @@ class Run:
 
     def check_finite(self, value: Tensor, what: str) -> None:
         if not torch.isfinite(value):  # the same verdict on all ranks
-            last = last_checkpoint(self.out / "checkpoints") or "none yet"
-            raise SystemExit(
-                f"update {self.progress['total'] + 1}: the {what} is {value.item()}; stopped. The last good checkpoint: "
-                f"{last}; a lower --learning_rate may help"
-            )
+            last = f"the last good checkpoint: {last_checkpoint(self.out / 'checkpoints') or 'none yet'}"
+            where = f"update {self.progress['total'] + 1}: the {what} is {value.item()}"
+            raise SystemExit(f"{where}; stopped, {last}; a lower --learning_rate may help")
 
     def step(self, trained: Trained, max_norm: float, column: str = "grad_norm") -> None:
         """Clip the gradient, AdamW, and leave no gradient."""
@@ -1768,24 +1677,20 @@ class Run:
 
         update, total = self.progress["update"], self.progress["total"]
         forwards = f"{self.progress['forwards'] * self.n_ranks:.10g}"
-        labels = self.labels | dict(update=update, total_updates=total, unet_forwards=forwards)
+        labels = self.labels | {"update": update, "total_updates": total, "unet_forwards": forwards}
         means = self.metrics.flush(self.accelerator, **labels, lr=f"{rate:.3g}", seconds=f"{seconds:.2f}")
         self.accelerator.log(means, step=total)
-        if self.rank != 0:
-            return
-        shown = [
-            f"{column} {means[column]:.4f}" for column in ("loss", "loss_matching", "loss_fake") if column in means
-        ]
-        tqdm.write(f"{loop}: {update}/{n} {' '.join(shown)} lr {rate:.1e}")
-        moved = {name: value for name, value in means.items() if name.startswith("moved_")}
-        if self.support and moved and (update <= self.args.log_every or update == n):
-            shares = ", ".join(f"{name} {value:.1%}" for name, value in moved.items())
-            if max(moved.values()) > 0.2:
-                tqdm.write(
-                    f"warning: --reflect {self.args.reflect}: {shares} of x estimates: it distorts; take a wider range"
-                )
-            elif update == n and not any(moved.values()):
-                tqdm.write(f"warning: --reflect {self.args.reflect}: {shares} of x estimates: it does nothing")
+        if self.rank == 0:
+            shown = [name for name in ("loss", "loss_matching", "loss_fake") if name in means]
+            losses = " ".join(f"{name} {means[name]:.4f}" for name in shown)
+            tqdm.write(f"{loop}: {update}/{n} {losses} lr {rate:.1e}")
+            moved = {name: value for name, value in means.items() if name.startswith("moved_")}
+            if self.support and moved and (update <= self.args.log_every or update == n):
+                distorts, is_idle = max(moved.values()) > 0.2, update == n and not any(moved.values())
+                if distorts or is_idle:
+                    what = "it distorts; take a wider range" if distorts else "it does nothing"
+                    shares = ", ".join(f"{name} {value:.1%}" for name, value in moved.items())
+                    tqdm.write(f"warning: --reflect {self.args.reflect}: {shares} of x estimates: {what}")
 
     # checkpoints
 
@@ -1817,11 +1722,9 @@ class Run:
     def network_states(self):
         """(name, state) one by one, gathered on the first rank's CPU where an engine has sharded them."""
         for name, trained in self.trained.items():
-            yield name, get_model_state_dict(trained.network, options=WHOLE)
-            yield (
-                f"{name}_optimizer",
-                get_optimizer_state_dict(trained.network, trained.optimizer.optimizer, options=WHOLE),
-            )
+            network, optimizer = trained.network, trained.optimizer.optimizer
+            yield name, whole_state.get_model_state_dict(network, options=WHOLE)
+            yield f"{name}_optimizer", whole_state.get_optimizer_state_dict(network, optimizer, options=WHOLE)
         for name, thing in self.kept.items():
             if isinstance(thing, torch.nn.Module):
                 yield name, thing.state_dict()
@@ -1830,9 +1733,15 @@ class Run:
         """This rank's own part: generators, place in the data, metrics, support, fp16's scaler, what is kept."""
         scaler = self.accelerator.scaler
         own = {name: thing.state_dict() for name, thing in self.kept.items() if not isinstance(thing, torch.nn.Module)}
-        streams = dict(noise=self.noise.get_state(), shared=self.shared.get_state(), data=self.data.position())
-        more = dict(metrics=self.metrics.totals, support=self.support, scaler=scaler.state_dict() if scaler else {})
-        return streams | more | dict(kept=own)
+        return {
+            "noise": self.noise.get_state(),
+            "shared": self.shared.get_state(),
+            "data": self.data.position(),
+            "metrics": self.metrics.totals,
+            "support": self.support,
+            "scaler": scaler.state_dict() if scaler else {},
+            "kept": own,
+        }
 
     def enter(self, loop: str) -> int:
         """The first update of a loop: 0, past its end if it was done before, or where the checkpoint was made."""
@@ -1847,9 +1756,9 @@ class Run:
         """Everything that the checkpoint holds."""
         folder, self.checkpoint = self.checkpoint, None
         for name, trained in self.trained.items():
-            set_model_state_dict(trained.network, load_state(folder / f"{name}.pt"), options=WHOLE)
+            whole_state.set_model_state_dict(trained.network, load_state(folder / f"{name}.pt"), options=WHOLE)
             state = load_state(folder / f"{name}_optimizer.pt")
-            set_optimizer_state_dict(trained.network, trained.optimizer.optimizer, state, options=WHOLE)
+            whole_state.set_optimizer_state_dict(trained.network, trained.optimizer.optimizer, state, options=WHOLE)
         mine = load_state(folder / f"rank-{self.rank}.pt")
         for name, thing in self.kept.items():
             is_network = isinstance(thing, torch.nn.Module)
@@ -1864,7 +1773,7 @@ class Run:
         self.progress = json.loads((folder / "progress.json").read_text())
         self.metrics.rows = self.progress["rows"]
         if self.accelerator.is_main_process:
-            self.metrics.go_back(self.metrics.rows)
+            self.metrics.go_back(self.progress["rows"])
 
     def end(self, message: str) -> None:
         self.print(message)

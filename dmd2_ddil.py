@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# By common.py's sections
+# isort: off
 from common import CLEAN, NoiseSchedule, any_timesteps, eps_from_v, forward_states, timestep_grid, x_from_v
 from common import Support, moved_fraction, reflect
 from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout
@@ -40,6 +42,7 @@ from common import SamplingPrior
 from common import UNetModel, betas_of, load_pipeline, load_schedule, with_guidance
 from common import Run, Trained, add_prior_flags, flag_parser, non_negative, part_of, positive, positive_int, priors_of
 from common import resolve, save_pipeline, seed_of
+# isort: on
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
 PAPER = {"teacher_steps": 20, "student_steps": 4, "p_forward": (0.0,), "mixed_rollout": False, "reflect": "measured",
@@ -119,16 +122,16 @@ def student_step(
     tau = torch.randint(TAU[0], TAU[1] + 1, (len(x_g),), generator=generator, device=x_g.device)
     g, x_real, x_fake = matching_gradient(schedule, real, fake, x_g, tau, cond, support, generator)
     losses = 0.5 * (x_g - (x_g - g).detach()).pow(2).mean(dim=(1, 2, 3))  # its gradient at x_g is g over C h w
-    notes = dict(
-        loss_matching=losses.detach(),
-        matching_norm=g.flatten(1).norm(dim=1) / g[0].numel(),
-        moved_real=moved_fraction(x_real, support),
-        moved_fake=moved_fraction(x_fake, support),
-    )
+    notes = {
+        "loss_matching": losses.detach(),
+        "matching_norm": g.flatten(1).norm(dim=1) / g[0].numel(),
+        "moved_real": moved_fraction(x_real, support),
+        "moved_fake": moved_fraction(x_fake, support),
+    }
     if judge is not None:
         g, gan_losses = gan_gradient(schedule, judge, x_g, cond, generator)
         losses = losses + gan_weight * (x_g * g).sum(dim=(1, 2, 3))  # linear in x_g: has the GAN's gradient there
-        notes |= dict(loss_gan=gan_losses, gan_norm=gan_weight * g.flatten(1).norm(dim=1))
+        notes |= {"loss_gan": gan_losses, "gan_norm": gan_weight * g.flatten(1).norm(dim=1)}
     return losses, notes
 
 
@@ -146,14 +149,14 @@ def critic_step(
     t = any_timesteps(schedule, len(x_g), generator)
     z_t, eps = forward_states(schedule, x_g, t, generator)
     losses = (eps_from_v(schedule, z_t, fake(z_t, t, cond), t) - eps).pow(2).mean(dim=(1, 2, 3))
-    notes = dict(loss_fake=losses.detach())
+    notes = {"loss_fake": losses.detach()}
     if judge is not None:
         t = any_timesteps(schedule, 2 * len(x_g), generator)
         z_t, _ = forward_states(schedule, torch.cat([x_g, x]), t, generator)
         generated, real = judge(z_t, t, {name: torch.cat([value, value]) for name, value in cond.items()}).chunk(2)
         gan_losses = F.softplus(generated) + F.softplus(-real)
         losses = losses + gan_weight * gan_losses
-        notes |= dict(loss_judge=gan_losses.detach(), logit_generated=generated.detach(), logit_real=real.detach())
+        notes |= {"loss_judge": gan_losses.detach(), "logit_generated": generated.detach(), "logit_real": real.detach()}
     return losses, notes
 
 
@@ -346,32 +349,22 @@ def load_pipes(run: Run) -> dict:
 
 
 def parse_args(argv=None):
-    p, paper = flag_parser(__doc__, RECIPES)
-    paper.add_argument("--student_init", help="pipeline whose UNet the student starts from (the teacher's)")
-    paper.add_argument("--fake_init", help="pipeline whose UNet the fake score starts from (the teacher's)")
-    paper.add_argument("--teacher_steps", type=positive_int, help="of the teacher's trajectories (Table 3: 20)")
-    paper.add_argument(
-        "--student_steps", type=positive_int, help="a divisor of 1000: 4 are 999 749 499 249 (sec. 5: 4)"
-    )
-    add_prior_flags(paper, "DMD2 is --p_student 1 (default: half teacher, half student [D19])")
+    p, add = flag_parser(__doc__, RECIPES)
+    add("--student_init", help="pipeline whose UNet the student starts from (the teacher's)")
+    add("--fake_init", help="pipeline whose UNet the fake score starts from (the teacher's)")
+    add("--teacher_steps", type=positive_int, help="of the teacher's trajectories (Table 3: 20)")
+    add("--student_steps", type=positive_int, help="a divisor of 1000: 4 are 999 749 499 249 (sec. 5: 4)")
+    add_prior_flags(add, "DMD2 is --p_student 1 (default: half teacher, half student [D19])")
     yes = {"action": "store_true", "default": None}
-    paper.add_argument(
-        "--mixed_rollout", **yes, help="choose the model anew at each transition, with these shares (sec. 4.2)"
-    )
-    paper.add_argument("--guidance_scale", type=non_negative, help="of the teacher (sec. 5: 8)")
-    paper.add_argument(
-        "--fake_updates", type=positive_int, help="updates of the fake score for each of the student (sec. 5: 10)"
-    )
-    paper.add_argument(
-        "--gan_weight", type=non_negative, help="of the GAN's loss for the student (DMD2: 5e-3); 0: no GAN"
-    )
-    paper.add_argument("--critic_gan_weight", type=non_negative, help="of the GAN's loss for the critic (DMD2: 1e-2)")
-    paper.add_argument("--updates", type=positive_int, help="of the student (sec. 5: 30000)")
-    paper.add_argument("--learning_rate", type=positive, help="of student and critic (DMD2: 5e-7 [D13])")
+    add("--mixed_rollout", **yes, help="choose the model anew at each transition, with these shares (sec. 4.2)")
+    add("--guidance_scale", type=non_negative, help="of the teacher (sec. 5: 8)")
+    add("--fake_updates", type=positive_int, help="updates of the fake score for each of the student (sec. 5: 10)")
+    add("--gan_weight", type=non_negative, help="of the GAN's loss for the student (DMD2: 5e-3); 0: no GAN")
+    add("--critic_gan_weight", type=non_negative, help="of the GAN's loss for the critic (DMD2: 1e-2)")
+    add("--updates", type=positive_int, help="of the student (sec. 5: 30000)")
+    add("--learning_rate", type=positive, help="of student and critic (DMD2: 5e-7 [D13])")
     yes_no = {"action": BooleanOptionalAction}
-    paper.add_argument(
-        "--lr_decay", **yes_no, help="linear decay to 0 (sec. 5) instead of a constant rate (DMD2) [D13]"
-    )
+    add("--lr_decay", **yes_no, help="linear decay to 0 (sec. 5) instead of a constant rate (DMD2) [D13]")
     args = resolve(p.parse_args(argv), RECIPES)
     check_args(args)
     return args
@@ -474,7 +467,8 @@ def main(argv=None) -> None:
     if run.accelerator.mixed_precision == "fp16" and args.gan_weight:
         raise SystemExit("--mixed_precision fp16: too coarse for the GAN's gradient; take bf16, or --gan_weight 0")
     pipes = load_pipes(run)
-    grids = timesteps, teacher_grid = [timestep_grid(n, "trailing") for n in (args.student_steps, args.teacher_steps)]
+    grids = [timestep_grid(n, "trailing") for n in (args.student_steps, args.teacher_steps)]
+    timesteps = grids[0]
     check_sampler(pipes["student"], timesteps)
     n, priors = min(args.updates, args.max_updates or args.updates), priors_of(args)
     need_images = args.gan_weight > 0 or max(priors["forward"]) > 0  # else prompts alone suffice
@@ -510,7 +504,8 @@ def main(argv=None) -> None:
         need_images=need_images,
     )
     nets = networks_of(run, pipes)
-    schedule, support, noise = run.schedule, run.support, run.noise
+    schedule, noise = run.schedule, run.noise
+    scores = nets.real, nets.still_fake, nets.still_judge
     gan_cost = ENCODER if args.gan_weight else 0
     prior = SamplingPrior(run.shared, **priors)  # DDIL: Alg. 1 lines 2-5
     for update in run.updates("dmd2", n, args.learning_rate, sampling_of(run, nets, grids), args.lr_decay):
@@ -523,28 +518,17 @@ def main(argv=None) -> None:
             origin = movers[-1] if movers else "noise"  # whose states these are, for the metrics
             for _ in run.minibatches(nets.student if trains_student else None):
                 x, cond = data_batch(run, need_images=source == "forward" or args.gan_weight > 0)
-                z_t, t = student_states(
-                    run, nets.rolling, nets.real, grids, source, movers, x, cond
-                )  # Alg. 1 lines 3-5
+                # Alg. 1 lines 3-5
+                z_t, t = student_states(run, nets.rolling, nets.real, grids, source, movers, x, cond)
                 with torch.set_grad_enabled(trains_student):
                     x_hat = consistency_function(schedule, nets.model if trains_student else nets.rolling, z_t, t, cond)
-                    x_g = reflect_value(x_hat, support)
+                    x_g = reflect_value(x_hat, run.support)
                 if trains_student:  # Alg. 1 line 6
-                    losses, notes = student_step(
-                        schedule,
-                        nets.real,
-                        nets.still_fake,
-                        nets.still_judge,
-                        x_g,
-                        cond,
-                        support,
-                        args.gan_weight,
-                        noise,
-                    )
+                    losses, notes = student_step(schedule, *scores, x_g, cond, run.support, args.gan_weight, noise)
                     run.backward(losses, cost=2 + gan_cost)
                     columns = f"loss_matching_{origin}", f"loss_matching_t{timesteps[transitions]}"
                     run.note(notes | dict.fromkeys(columns, notes["loss_matching"]))
-                run.note(statistics(x_hat.detach(), x_g.detach(), x, support))
+                run.note(statistics(x_hat.detach(), x_g.detach(), x, run.support))
                 made.append((x_g.detach(), x, cond))  # the one forward feeds both updates
             if trains_student:
                 run.step(nets.student, GRAD_CLIP, "grad_norm_student")

@@ -24,11 +24,12 @@ Plain LCM is --p_forward 1. What the paper adds to it: grep "# DDIL:" lcm_ddil.p
 """
 
 import copy
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+# By common.py's sections
+# isort: off
 from common import CLEAN, NoiseSchedule, forward_states, timestep_grid
 from common import Support, ddim_step
 from common import Model, consistency_function, consistency_rollout, select, student_rollout, teacher_rollout
@@ -46,6 +47,7 @@ from common import (
     positive_int,
 )
 from common import priors_of, replace_folder, resolve, save_pipeline, share, whole
+# isort: on
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
 PAPER = {"teacher_steps": 50, "student_steps": 4, "rollout_steps": (3, 4, 5), "p_forward": (0.75, 0.5), "p_teacher": (0.0,),
@@ -228,35 +230,23 @@ def save_student(run: Run, unet) -> None:
 
 
 def parse_args(argv=None):
-    p, paper = flag_parser(__doc__, RECIPES)
-    paper.add_argument("--teacher_steps", type=positive_int, help="of the solver grid, a divisor of 1000 (LCM: 50)")
-    paper.add_argument(
-        "--student_steps", type=positive_int, help="of the sample grids; it takes any number (sec. 5: 4)"
-    )
-    paper.add_argument(
-        "--rollout_steps", type=positive_int, nargs="+", help="n of the student's rollouts (sec. 5: 3 4 5)"
-    )
-    add_prior_flags(paper, "LCM is --p_forward 1 (default: .75 .5 forward, the rest the student's [D12])")
+    p, add = flag_parser(__doc__, RECIPES)
+    add("--teacher_steps", type=positive_int, help="of the solver grid, a divisor of 1000 (LCM: 50)")
+    add("--student_steps", type=positive_int, help="of the sample grids; it takes any number (sec. 5: 4)")
+    add("--rollout_steps", type=positive_int, nargs="+", help="n of the student's rollouts (sec. 5: 3 4 5)")
+    add_prior_flags(add, "LCM is --p_forward 1 (default: .75 .5 forward, the rest the student's [D12])")
     yes = {"action": "store_true", "default": None}
-    paper.add_argument("--store_start", **yes, help="the pure noise at 999 may be drawn from a rollout too [D12]")
-    paper.add_argument(
-        "--forward_control", **yes, help="forward diffusion to the rollouts' timesteps instead of them [D16]"
-    )
-    paper.add_argument(
-        "--guidance_range", type=non_negative, nargs=2, help="w ~ U[lo, hi] (LCM: 6 16 [D12]; LoRA: 7.5 7.5)"
-    )
-    paper.add_argument("--loss", choices=("huber", "l2"), help="distance of the two estimates (LCM: huber)")
-    paper.add_argument("--huber_c", type=positive, help="c of sqrt(d^2 + c^2) - c (LCM: 0.001)")
-    paper.add_argument(
-        "--ema_decay", type=share, help="of the target network; 0: the student itself, no copy (LCM: .95)"
-    )
-    paper.add_argument(
-        "--prompt_dropout", type=share, help="share of prompts replaced by the empty one (not in paper: 0)"
-    )
-    paper.add_argument("--lora_rank", type=natural_int, help="train a LoRA instead of a UNet; 0: none (LCM-LoRA: 64)")
-    paper.add_argument("--updates", type=positive_int, help="in all (sec. 5: 8000)")
-    paper.add_argument("--learning_rate", type=positive, help="peak (sec. 5: 1e-5)")
-    paper.add_argument("--eval_guidance_scale", type=non_negative, help="w of the sample grids")
+    add("--store_start", **yes, help="the pure noise at 999 may be drawn from a rollout too [D12]")
+    add("--forward_control", **yes, help="forward diffusion to the rollouts' timesteps instead of them [D16]")
+    add("--guidance_range", type=non_negative, nargs=2, help="w ~ U[lo, hi] (LCM: 6 16 [D12]; LoRA: 7.5 7.5)")
+    add("--loss", choices=("huber", "l2"), help="distance of the two estimates (LCM: huber)")
+    add("--huber_c", type=positive, help="c of sqrt(d^2 + c^2) - c (LCM: 0.001)")
+    add("--ema_decay", type=share, help="of the target network; 0: the student itself, no copy (LCM: .95)")
+    add("--prompt_dropout", type=share, help="share of prompts replaced by the empty one (not in paper: 0)")
+    add("--lora_rank", type=natural_int, help="train a LoRA instead of a UNet; 0: none (LCM-LoRA: 64)")
+    add("--updates", type=positive_int, help="in all (sec. 5: 8000)")
+    add("--learning_rate", type=positive, help="peak (sec. 5: 1e-5)")
+    add("--eval_guidance_scale", type=non_negative, help="w of the sample grids")
     args = p.parse_args(argv)
     given = copy.copy(args)
     args = resolve(args, RECIPES)
@@ -336,23 +326,25 @@ def main(argv=None) -> None:
     columns = [*sources, "t_mean", "grad_norm", "moved_by_reflect", "moved_in_target"]
     run.open(__file__, labels, columns, plan={"updates in all": n})
 
-    schedule, support = run.schedule, run.support
+    schedule = run.schedule
     student, ema, guided = networks_of(run)
     model, rolling = run.model(student.network), run.model(student.plain)
     teacher = run.noting(guided, "moved_by_reflect")
     target = run.noting(rolling if ema is None else run.model(ema), "moved_in_target")
     few, w = sampler_timesteps(args.student_steps, grid), args.eval_guidance_scale
-    rows = {
-        f"teacher, {len(ts)} steps": run.grid_row(
-            lambda z, cond, _: student_rollout(schedule, guided, z, [*ts, CLEAN], cond)[-1], w
-        )
-        for ts in (grid, few)
-    }
+
+    def teacher_row(timesteps: list[int]) -> Tensor:
+        path = [*timesteps, CLEAN]
+        return run.grid_row(lambda z, cond, _: student_rollout(schedule, guided, z, path, cond)[-1], w)
+
+    def student_row() -> Tensor:
+        path = [*few, CLEAN]
+        return run.grid_row(lambda z, cond, noise: consistency_rollout(schedule, rolling, z, path, cond, noise)[-1], w)
+
+    rows = {f"teacher, {len(timesteps)} steps": teacher_row(timesteps) for timesteps in (grid, few)}
 
     def sample() -> None:
-        """Teacher and student, on the same noise in each column."""
-        roll = lambda z, cond, noise: consistency_rollout(schedule, rolling, z, [*few, CLEAN], cond, noise)[-1]  # noqa: E731
-        run.save_grid(rows | {f"student, {len(few)} steps": run.grid_row(roll, w)})
+        run.save_grid(rows | {f"student, {len(few)} steps": student_row()})
 
     priors = priors_of(args)
     prior = SamplingPrior(run.shared, **priors)  # DDIL: Alg. 1 lines 2-5
@@ -368,7 +360,7 @@ def main(argv=None) -> None:
                 z_t, t, cond = rollout_batch(run, source, grid, rolling, teacher)
             s = t - 1000 // args.teacher_steps  # the next point of the solver grid; after its last one, 19 - 20 = CLEAN
             losses = consistency_step(  # Alg. 1 line 6
-                schedule, model, target, teacher, z_t, t, s, cond, support, args.loss, args.huber_c
+                schedule, model, target, teacher, z_t, t, s, cond, run.support, args.loss, args.huber_c
             )
             run.backward(losses, t, source)
         run.step(student, GRAD_CLIP)

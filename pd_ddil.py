@@ -31,6 +31,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+# By common.py's sections
+# isort: off
 from common import CLEAN, NoiseSchedule, any_timesteps, forward_states, timestep_grid
 from common import Support, ddim_step, reflect_v, rotation
 from common import Model, mixed_rollout, student_rollout
@@ -38,6 +40,7 @@ from common import SamplingPrior, TrajectoryBuffer
 from common import dpm_solver, drop_prompts, latent_shape, load_pipeline, with_guidance, with_w_embedding
 from common import Run, flag_parser, in_order, noise_of, non_negative, positive, positive_int, refuse_changes
 from common import resolve, save_pipeline, share
+# isort: on
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
 # `updates` of a phase: one number for each of its parts; halvings are named by the steps of their student.
@@ -311,46 +314,32 @@ def phase_updates(text: str) -> tuple[str, list[int]]:
 
 
 def parse_args(argv=None):
-    p, paper = flag_parser(__doc__, RECIPES)
-    paper.add_argument("--teacher_steps", type=positive_int, help="N, steps of the first teacher (sec. 5: 32)")
-    paper.add_argument("--student_steps", type=positive_int, help="steps of the last student (sec. 5: 4 or 2)")
-    a_part = dict(nargs="+", metavar="X")
-    paper.add_argument(
+    p, add = flag_parser(__doc__, RECIPES)
+    add("--teacher_steps", type=positive_int, help="N, steps of the first teacher (sec. 5: 32)")
+    add("--student_steps", type=positive_int, help="steps of the last student (sec. 5: 4 or 2)")
+    add(
         "--p_forward",
         type=share,
-        **a_part,
-        help="share of forward diffusion, one value or one a part (App. A: .75 .5); 1 = plain PD",
-    )
-    paper.add_argument(
-        "--student_rate", type=share, **a_part, help="Alg. 2's beta: how often the student moves (App. A: .15 .8)"
-    )
-    paper.add_argument("--reuse", type=positive, help="R, mean uses of a collected state [D17] (not in paper; 2)")
-    paper.add_argument("--store_start", action="store_true", default=None, help="store the pure noise at 999 too [D16]")
-    paper.add_argument(
-        "--forward_control",
-        action="store_true",
-        default=None,
-        help="in place of D_DAgger's states, forward diffusion to the same timesteps: what a DDIL run is to be compared with [D16]",
-    )
-    paper.add_argument(
-        "--buffer_size", type=positive_int, help="states that D_DAgger holds on each process (not in paper)"
-    )
-    paper.add_argument("--guidance_range", type=non_negative, nargs=2, help="w ~ U[lo, hi] in training (sec. 5: 2 14)")
-    paper.add_argument(
-        "--updates",
-        type=phase_updates,
         nargs="+",
-        metavar="PHASE=U[,U]",
-        help="updates of a phase's parts, e.g. v=4000 8=6000,4000",
+        help="share of forward diffusion in each part (App. A: .75 .5); 1: plain PD",
     )
-    paper.add_argument(
-        "--learning_rate",
-        type=positive,
-        **a_part,
-        help="peak of each part, or two: before the halvings, and in them (sec. 5: 1e-5)",
+    add(
+        "--student_rate", type=share, nargs="+", help="Alg. 2's beta in each part: how often the student moves (.15 .8)"
     )
-    paper.add_argument("--eval_prompts", type=positive_int, help="held-out prompts of the paired trajectory error")
-    paper.add_argument("--eval_guidance_scale", type=non_negative, help="w of the sample grids")
+    add("--reuse", type=positive, help="R, mean uses of a collected state [D17] (not in paper; 2)")
+    yes = {"action": "store_true", "default": None}
+    add("--store_start", **yes, help="store the pure noise at 999 too [D16]")
+    add("--forward_control", **yes, help="D_DAgger's timesteps on forward-diffused latents: the control of DDIL [D16]")
+    add("--buffer_size", type=positive_int, help="states that D_DAgger holds on each process (not in paper)")
+    add("--guidance_range", type=non_negative, nargs=2, help="w ~ U[lo, hi] in training (sec. 5: 2 14)")
+    add(
+        "--updates", type=phase_updates, nargs="+", metavar="PHASE=U[,U]", help="of a phase's parts: v=4000 8=6000,4000"
+    )
+    add(
+        "--learning_rate", type=positive, nargs="+", help="peak, or two: before the halvings and in them (sec. 5: 1e-5)"
+    )
+    add("--eval_prompts", type=positive_int, help="held-out prompts of the paired trajectory error")
+    add("--eval_guidance_scale", type=non_negative, help="w of the sample grids")
     args = p.parse_args(argv)
     given, args.updates = dict(args.updates or ()), None  # merged into the recipe's, phase by phase
     args = resolve(args, RECIPES)
