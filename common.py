@@ -426,9 +426,7 @@ def find_pipeline(name: str, flag: str) -> str:
     path = Path(name)
     is_hub_name = not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not is_hub_name and not (path / "model_index.json").is_file():
-        raise SystemExit(
-            f"{flag} {name}: no pipeline folder (it must hold model_index.json), nor a hub name owner/name"
-        )
+        raise SystemExit(f"{flag} {name}: no pipeline folder (which holds model_index.json), nor a hub name owner/name")
     try:
         return diffusers.DiffusionPipeline.load_config(name, local_files_only=not is_hub_name)["_class_name"]
     except Exception as error:  # noqa: BLE001  the libraries raise many kinds, all with a usable message
@@ -443,17 +441,12 @@ def open_pipeline(name: str, flag: str):
     import diffusers
 
     kind, failures = find_pipeline(name, flag), []
-    extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    settings = {"use_safetensors": True, "local_files_only": Path(name).exists(), "dtype": torch.float32}
+    if kind == "StableDiffusionPipeline":
+        settings |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     for variant in (None, "fp16"):  # some are published in half precision alone
         try:
-            pipe = getattr(diffusers, kind).from_pretrained(
-                name,
-                use_safetensors=True,
-                local_files_only=Path(name).exists(),
-                dtype=torch.float32,
-                variant=variant,
-                **(extra if kind == "StableDiffusionPipeline" else {}),
-            )
+            pipe = getattr(diffusers, kind).from_pretrained(name, variant=variant, **settings)
             break
         except Exception as error:  # noqa: BLE001  as above
             failures.append(error)
@@ -469,41 +462,30 @@ def open_pipeline(name: str, flag: str):
 def load_pipeline(name: str, flag: str = "--teacher"):
     """A Stable Diffusion 1.x / 2.x or SDXL-family pipeline that we can distil; SystemExit with the reason if it is none."""
     pipe = open_pipeline(name, flag)
-    if type(pipe).__name__ not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
-        raise SystemExit(
-            f"{flag} {name}: {type(pipe).__name__} is not supported; Stable Diffusion and SDXL pipelines are"
-        )
-    config = pipe.scheduler.config
+    kind, config, unet = type(pipe).__name__, pipe.scheduler.config, pipe.unet.config if hasattr(pipe, "unet") else None
+    if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        raise SystemExit(f"{flag} {name}: {kind} is not supported; Stable Diffusion and SDXL pipelines are")
     is_vp = "beta_start" in config and config.get("num_train_timesteps") == 1000
     if not is_vp or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
-        kind = type(pipe.scheduler).__name__
-        raise SystemExit(
-            f"{flag} {name}: scheduler {kind} is not supported; its config must hold the betas of 1000 steps "
-            "and predict epsilon, v_prediction or sample (EDM and flow matching do not)"
-        )
-    unet, latent_channels = pipe.unet.config, pipe.vae.config.latent_channels
-    if (
-        not unet.in_channels == unet.out_channels == latent_channels
-        or unet.class_embed_type
-        or unet.encoder_hid_dim_type
-    ):
-        raise SystemExit(
-            f"{flag} {name}: its UNet ({unet.in_channels} -> {unet.out_channels} channels, {latent_channels} latent "
-            "ones) is not plain text-to-image: inpainting and image-conditioned ones are not supported"
-        )
+        wanted = "the betas of 1000 steps, and predict epsilon, v_prediction or sample (EDM and flow matching do not)"
+        scheduler = type(pipe.scheduler).__name__
+        raise SystemExit(f"{flag} {name}: {scheduler} is not supported; its config must hold {wanted}")
+    is_plain = unet.in_channels == unet.out_channels == pipe.vae.config.latent_channels
+    if not is_plain or unet.class_embed_type or unet.encoder_hid_dim_type:
+        raise SystemExit(f"{flag} {name}: its UNet is for inpainting or images, not for text alone: not supported")
     return pipe
 
 
 def betas_of(pipe) -> dict:
     """The part of a scheduler's config that says what the noise is, and nothing of how it samples."""
-    names = (
+    names = [
         "num_train_timesteps",
         "beta_start",
         "beta_end",
         "beta_schedule",
         "trained_betas",
         "rescale_betas_zero_snr",
-    )
+    ]
     return {name: value for name, value in pipe.scheduler.config.items() if name in names}
 
 
@@ -518,15 +500,9 @@ def dpm_solver(pipe, prediction_type: str, order: int):
     """DPM-Solver++ on our linspace grid [D2] in stock diffusers: of first order it is DDIM, of second the paper's sampler."""
     from diffusers import DPMSolverMultistepScheduler
 
-    return DPMSolverMultistepScheduler(
-        **betas_of(pipe),
-        prediction_type=prediction_type,
-        algorithm_type="dpmsolver++",
-        solver_order=order,
-        timestep_spacing="linspace",
-        final_sigmas_type="zero",
-        steps_offset=1,  # the offset has no effect on linspace
-    )
+    grid = {"timestep_spacing": "linspace", "final_sigmas_type": "zero", "steps_offset": 1}  # which linspace ignores
+    kind = {"algorithm_type": "dpmsolver++", "solver_order": order, "prediction_type": prediction_type}
+    return DPMSolverMultistepScheduler(**betas_of(pipe), **kind, **grid)
 
 
 def text_encoders(pipe) -> list:
@@ -838,11 +814,9 @@ class LatentData:
         scaled = (original * n / original.amin(dim=1, keepdim=True)).round()
         corners = (scaled - n) // 2  # of the crop, in the image as it is scaled
         sizes = torch.cat([original, corners.long(), torch.full_like(original, n)], dim=1)
-        pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples])).permute(
-            0, 3, 1, 2
-        )  # [B, 3, H, W]
+        pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples]))  # [B, H, W, 3] uint8
         moments = []
-        for part in pixels.split(16):  # the VAE's activations at full resolution are large
+        for part in pixels.permute(0, 3, 1, 2).split(16):  # the VAE's activations at full resolution are large
             posterior = self.vae.encode(part.to(self.prompts.device) / 127.5 - 1).latent_dist
             moments.append(torch.stack([posterior.mean, posterior.std], dim=1))
         return torch.cat(moments), self.prompts.tokenize([sample["caption"] for sample in samples], sizes)
@@ -1156,9 +1130,8 @@ def fingerprint(module) -> str:
     """sha256 over a network's weights: the same weights under another path are still the same teacher."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
-        digest.update(
-            name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes()
-        )  # NumPy has no bfloat16
+        values = value.cpu().flatten().view(torch.uint8)  # NumPy has no bfloat16
+        digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -67,12 +67,7 @@ RECIPES = {
 }  # fmt: skip
 GRAD_CLIP = 10.0  # DMD2's
 TAU = 20, 980  # noise levels of the matching gradient, both included
-ORIGINS = (
-    "noise",
-    "forward",
-    "teacher",
-    "student",
-)  # of what the student is trained on: pure noise at 999, or who made it
+ORIGINS = "noise", "forward", "teacher", "student"  # of what is trained on: pure noise at 999, or who made it
 ENCODER = 0.4  # of a UNet's forward: what the GAN's features cost (SD1.5 .33, SDXL .43 of its FLOPs)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,9 +168,8 @@ def draw_movers(prior: SamplingPrior, source: str, part: int, transitions: int, 
         return [source] * transitions
     p_student, p_teacher = (prior.priors[who][part] for who in ("student", "teacher"))
     rate = p_student / (p_student + p_teacher)
-    return [
-        "student" if draw < rate else "teacher" for draw in torch.rand(transitions, generator=prior.generator).tolist()
-    ]
+    draws = torch.rand(transitions, generator=prior.generator).tolist()
+    return ["student" if draw < rate else "teacher" for draw in draws]
 
 
 def data_batch(run: Run, need_images: bool) -> tuple[Tensor | None, dict]:
@@ -290,13 +284,8 @@ def sampler_of(pipe, student_steps: int):
     """The sampler that the saved student carries: with as many solver steps as the student's, LCMScheduler's timesteps are ours."""
     from diffusers import LCMScheduler
 
-    return LCMScheduler(
-        **betas_of(pipe),
-        prediction_type=pipe.scheduler.config.prediction_type,
-        original_inference_steps=student_steps,
-        clip_sample=False,
-        steps_offset=1,
-    )
+    grid = {"original_inference_steps": student_steps, "clip_sample": False, "steps_offset": 1}
+    return LCMScheduler(**betas_of(pipe), prediction_type=pipe.scheduler.config.prediction_type, **grid)
 
 
 def check_sampler(pipe, timesteps: list[int]) -> None:
@@ -452,6 +441,16 @@ def sampling_of(run: Run, nets: Networks, grids: list[list[int]]) -> Callable[[]
     return lambda: run.save_grid(rows | dict(zip(names, run.grid_row(student, w).unbind(dim=1))))
 
 
+def columns_of(timesteps: list[int]) -> list[str]:
+    """Of metrics.csv."""
+    matching = [f"loss_matching_{origin}" for origin in ORIGINS] + [f"loss_matching_t{t}" for t in timesteps]
+    fake = [f"loss_fake_{origin}" for origin in ORIGINS]
+    gradients = ["loss_gan", "loss_judge", "matching_norm", "gan_norm", "grad_norm_student", "grad_norm_critic"]
+    values = ["logit_real", "logit_generated", "x_mean", "x_g_mean", "x_std", "x_g_std"]
+    reflected = ["moved_real", "moved_fake", "moved_student"]
+    return ["loss_matching", *matching, "loss_fake", *fake, *gradients, *values, *reflected]
+
+
 def statistics(x_hat: Tensor, x_g: Tensor, x: Tensor | None, support: Support) -> dict[str, Tensor]:
     """Columns that tell a collapse: mean and spread of what is generated, beside the data's."""
     columns = {"moved_student": moved_fraction(x_hat, support)}
@@ -472,37 +471,10 @@ def main(argv=None) -> None:
     check_sampler(pipes["student"], timesteps)
     n, priors = min(args.updates, args.max_updates or args.updates), priors_of(args)
     need_images = args.gan_weight > 0 or max(priors["forward"]) > 0  # else prompts alone suffice
-    run.open(
-        __file__,
-        ["total_updates", "unet_forwards", "lr", "seconds"],
-        [
-            "loss_matching",
-            *[f"loss_matching_{origin}" for origin in ORIGINS],
-            *[f"loss_matching_t{t}" for t in timesteps],
-        ]
-        + [
-            "loss_fake",
-            *[f"loss_fake_{origin}" for origin in ORIGINS],
-            "loss_gan",
-            "loss_judge",
-            "matching_norm",
-            "gan_norm",
-        ]
-        + [
-            "grad_norm_student",
-            "grad_norm_critic",
-            "logit_real",
-            "logit_generated",
-            "x_mean",
-            "x_g_mean",
-            "x_std",
-            "x_g_std",
-        ]
-        + ["moved_real", "moved_fake", "moved_student"],
-        plan={"sources": priors, "updates in all": f"{n} of the student, {n * args.fake_updates} of the critic"},
-        networks={name: pipe.unet for name, pipe in pipes.items()},
-        need_images=need_images,
-    )
+    plan = {"sources": priors, "updates in all": f"{n} of the student, {n * args.fake_updates} of the critic"}
+    labels = ["total_updates", "unet_forwards", "lr", "seconds"]
+    networks = {name: pipe.unet for name, pipe in pipes.items()}
+    run.open(__file__, labels, columns_of(timesteps), plan, networks, need_images)
     nets = networks_of(run, pipes)
     schedule, noise = run.schedule, run.noise
     scores = nets.real, nets.still_fake, nets.still_judge

@@ -168,13 +168,8 @@ def sampler_of(pipe, teacher_steps: int):
     """The sampler that the saved student carries: with the solver grid as its own, whatever the number of steps."""
     from diffusers import LCMScheduler
 
-    return LCMScheduler(
-        **betas_of(pipe),
-        prediction_type=pipe.scheduler.config.prediction_type,
-        original_inference_steps=teacher_steps,
-        clip_sample=False,
-        steps_offset=1,
-    )
+    grid = {"original_inference_steps": teacher_steps, "clip_sample": False, "steps_offset": 1}
+    return LCMScheduler(**betas_of(pipe), prediction_type=pipe.scheduler.config.prediction_type, **grid)
 
 
 def check_sampler(pipe, args, solver_grid: list[int]) -> None:
@@ -291,9 +286,7 @@ def check_run(run: Run, grid: list[int]) -> None:
         raise SystemExit(f"{teacher}: predicts epsilon and has zero terminal SNR; that needs v-prediction")
     check_sampler(run.pipe, args, grid)
     if max(priors_of(args)["forward"]) == 0 and not args.store_start:
-        run.print(
-            "warning: nothing is trained at 999, where sampling starts: --store_start or a --p_forward above 0 adds it"
-        )
+        run.print("warning: nothing is trained at 999, where sampling starts: add --store_start, or some --p_forward")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -307,9 +307,7 @@ def phase_updates(text: str) -> tuple[str, list[int]]:
     known = {"v", "gc", *map(str, range(1, 129))}
     updates = [int(u) for u in values.split(",") if u.isdigit()]
     if phase not in known or not 1 <= len(updates) <= 2 or min(updates) < 1 or values.count(",") != len(updates) - 1:
-        raise ArgumentTypeError(
-            f"{text}: must read PHASE=U or PHASE=U,U, e.g. 8=6000,4000; phases are v, gc, 16, 8, ..."
-        )
+        raise ArgumentTypeError(f"{text}: must read PHASE=U or PHASE=U,U, as 8=6000,4000; phases are v, gc, 16, ...")
     return phase, updates
 
 
@@ -317,27 +315,16 @@ def parse_args(argv=None):
     p, add = flag_parser(__doc__, RECIPES)
     add("--teacher_steps", type=positive_int, help="N, steps of the first teacher (sec. 5: 32)")
     add("--student_steps", type=positive_int, help="steps of the last student (sec. 5: 4 or 2)")
-    add(
-        "--p_forward",
-        type=share,
-        nargs="+",
-        help="share of forward diffusion in each part (App. A: .75 .5); 1: plain PD",
-    )
-    add(
-        "--student_rate", type=share, nargs="+", help="Alg. 2's beta in each part: how often the student moves (.15 .8)"
-    )
+    add("--p_forward", type=share, nargs="+", help="share of forward diffusion in each part (.75 .5); 1: plain PD")
+    add("--student_rate", type=share, nargs="+", help="Alg. 2's beta in each part: the student's moves (.15 .8)")
     add("--reuse", type=positive, help="R, mean uses of a collected state [D17] (not in paper; 2)")
     yes = {"action": "store_true", "default": None}
     add("--store_start", **yes, help="store the pure noise at 999 too [D16]")
     add("--forward_control", **yes, help="D_DAgger's timesteps on forward-diffused latents: the control of DDIL [D16]")
     add("--buffer_size", type=positive_int, help="states that D_DAgger holds on each process (not in paper)")
     add("--guidance_range", type=non_negative, nargs=2, help="w ~ U[lo, hi] in training (sec. 5: 2 14)")
-    add(
-        "--updates", type=phase_updates, nargs="+", metavar="PHASE=U[,U]", help="of a phase's parts: v=4000 8=6000,4000"
-    )
-    add(
-        "--learning_rate", type=positive, nargs="+", help="peak, or two: before the halvings and in them (sec. 5: 1e-5)"
-    )
+    add("--updates", type=phase_updates, nargs="+", metavar="PHASE=U[,U]", help="of its parts: v=4000 8=6000,4000")
+    add("--learning_rate", type=positive, nargs="+", help="peak, or two: before halvings and in them (1e-5)")
     add("--eval_prompts", type=positive_int, help="held-out prompts of the paired trajectory error")
     add("--eval_guidance_scale", type=non_negative, help="w of the sample grids")
     args = p.parse_args(argv)
@@ -354,16 +341,12 @@ def check_args(args) -> None:
     """What concerns several flags."""
     n, m = args.teacher_steps, args.student_steps
     if n <= m or n % m or (n // m) & (n // m - 1) or n > 256:
-        raise SystemExit(
-            f"--teacher_steps {n}: must be --student_steps ({m}) times a power of two, at most 256, e.g. {4 * m}"
-        )
+        raise SystemExit(f"--teacher_steps {n}: must be --student_steps ({m}) times a power of two, at most 256")
     for name in ("p_forward", "student_rate", "learning_rate"):
         if len(getattr(args, name)) > 2:
             raise SystemExit(f"--{name} {getattr(args, name)}: give one value, or one for each of the two parts")
     if args.forward_control and min(args.p_forward) == 1:
-        raise SystemExit(
-            f"--forward_control: with --p_forward {args.p_forward} there are no trajectories to replace; this is plain PD"
-        )
+        raise SystemExit(f"--forward_control: with --p_forward {args.p_forward} there are no trajectories to replace")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -450,19 +433,15 @@ def main(argv=None) -> None:
         what = "a w embedding (an LCM, perhaps)" if has_w else "zero terminal SNR"
         raise SystemExit(f"--teacher {args.teacher}: predicts {run.predicts} and has {what}; that needs v-prediction")
     phases = plan_phases(args, run.predicts, has_w)
-    if not args.store_start and (blind := [phase.name for phase in phases if max(phase.p_forward) == 0]):
+    if blind := [phase.name for phase in phases if max(phase.p_forward) == 0 and not args.store_start]:
         run.print(
-            f"warning: phases {', '.join(blind)} train nothing at 999, where sampling starts: --store_start adds it"
+            f"warning: nothing is trained at 999, where sampling starts, in {', '.join(blind)}: add --store_start"
         )
-    by_timestep = [f"loss_t{t}" for t in timestep_grid(args.teacher_steps // 2)]
-    run.open(
-        __file__,
-        ["phase", "part", "update", "total_updates", "unet_forwards", "buffer_size", "lr", "seconds"]
-        + ["paired_error", "paired_error_undistilled"],
-        ["loss", "loss_forward", "loss_dagger", *by_timestep, "t_mean", "grad_norm", "buffer_age", "student_moves"]
-        + ["moved_by_reflect"],
-        plan={f"phase {phase.name}": phase for phase in phases},
-    )
+    labels = ["phase", "part", "update", "total_updates", "unet_forwards", "buffer_size", "lr", "seconds"]
+    errors = ["paired_error", "paired_error_undistilled"]
+    losses = ["loss", "loss_forward", "loss_dagger", *[f"loss_t{t}" for t in timestep_grid(args.teacher_steps // 2)]]
+    columns = [*losses, "t_mean", "grad_norm", "buffer_age", "student_moves", "moved_by_reflect"]
+    run.open(__file__, labels + errors, columns, plan={f"phase {phase.name}": phase for phase in phases})
     names = [phase.name for phase in phases]
     folders = [Path(args.teacher), *[run.out / "stages" / name for name in names]]  # phase i distils folders[i]
     dagger = run.keep("buffer", DAgger(args.buffer_size, run.device))
