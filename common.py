@@ -1417,7 +1417,8 @@ class Run:
         self.support = support_of(args.reflect, self.data)
         self.null = self.prompts.null()
         self.metrics = Metrics(self.out / "metrics.csv", labels, columns, device)
-        self.bins = sorted(int(c.removeprefix("loss_t")) for c in columns if c.removeprefix("loss_t").isdigit())
+        bins = sorted(int(c.removeprefix("loss_t")) for c in columns if c.removeprefix("loss_t").isdigit())
+        self.t_columns, self.t_bins = [f"loss_t{t}" for t in bins], torch.tensor(bins, device=device)
         self.labels, self.stop, self.drawn = {}, StopRequest(), None
         self.progress = {"phase": 0, "loop": None, "update": 0, "total": 0, "forwards": 0.0, "rows": 0}
 
@@ -1618,8 +1619,9 @@ class Run:
         if source:
             losses = losses.detach()
             self.note({"loss": losses, f"loss_{source}": losses, "t_mean": t})
-            bins = torch.tensor(self.bins, device=t.device)  # the loss of t in (previous one, t]
-            self.metrics.add_by([f"loss_t{b}" for b in self.bins], torch.bucketize(t, bins), losses)
+            self.metrics.add_by(
+                self.t_columns, torch.bucketize(t, self.t_bins), losses
+            )  # loss of t in (bin before, bin]
 
     def check_finite(self, value: Tensor, what: str) -> None:
         if not torch.isfinite(value):  # the same verdict on all ranks
