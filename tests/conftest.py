@@ -59,7 +59,21 @@ def signals_kept():
 def run_here(*args, script="pd_ddil.py") -> None:
     """The same as run_script in this process: no imports to wait for, and SystemExit can be caught."""
     with signals_kept():
-        importlib.import_module(script.removesuffix(".py")).main([*map(str, args)])
+        try:
+            importlib.import_module(script.removesuffix(".py")).main([*map(str, args)])
+        except SystemExit as end:
+            if end.code:
+                raise
+
+
+def refusal(*args, script="pd_ddil.py") -> str:
+    """The one line with which a script refuses these flags: its own, or the last of argparse's."""
+    errors = io.StringIO()
+    with pytest.raises(SystemExit) as caught, contextlib.redirect_stderr(errors):
+        run_here(*args, script=script)
+    message = caught.value.code if isinstance(caught.value.code, str) else errors.getvalue().strip().split("\n")[-1]
+    assert message and "\n" not in message
+    return message
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -1,51 +1,76 @@
-"""A run of pd_ddil.py that also notes what its algorithm was given: `python record.py OUT ...`, a file per rank."""
+"""A run that also notes what its algorithm was given: `python record.py SCRIPT OUT FLAGS`, a file for each rank."""
 
+import importlib
+import inspect
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-import pd_ddil
+
+STEPS = {"pd_ddil": "pd_step", "lcm_ddil": "consistency_step", "dmd2_ddil": "critic_step"}
 
 
-def record(argv: list[str]) -> dict:
-    """Runs pd_ddil.py. Notes the source and the inputs of the loss for each mini-batch, the dataset rows in the order
-    in which they were read, the gradient of each update as the optimiser gets it, and this rank's final weights."""
-    seen = dict(sources=[], batches=[], rows=[], gradients=[])
-    pd_step, losses_of, next_batch = pd_ddil.pd_step, pd_ddil.losses_of, common.LatentData.next
-    optimizers = []
+def plain(value):
+    """Tensors, dicts of them and the state of generators, to be kept; None for all else."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return value if isinstance(value, torch.Tensor | dict) else None
 
-    def noting_pd_step(schedule, student, z_t, z_s, t, s, cond):
-        seen["batches"].append(dict(z_t=z_t, z_s=z_s, t=t, s=s, cond=cond))
-        return pd_step(schedule, student, z_t, z_s, t, s, cond)
 
-    def noting_losses_of(run, phase, part, source, nets):
-        seen.update(rank=run.accelerator.process_index, world_size=run.accelerator.num_processes)
-        seen["sources"].append(source)
-        return losses_of(run, phase, part, source, nets)
+def record(script: str, argv: list[str]) -> dict:
+    """Notes each update's source, the inputs of the loss for each mini-batch, the rows of the data in the order in which
+    they were read, who made each trajectory (DMD2), the gradient before each step, and this rank's final weights."""
+    module, seen, trained = importlib.import_module(script), {}, {}
+    for name in ("sources", "batches", "rows", "movers", "gradients"):
+        seen[name] = []
+    step, draw, next_batch = getattr(module, STEPS[script]), common.SamplingPrior.draw, common.LatentData.next
+    run_step, end, movers = common.Run.step, common.Run.end, getattr(module, "draw_movers", None)
+
+    def noting(function, name: str):
+        def noted(*args, **more):
+            seen[name].append(function(*args, **more))
+            return seen[name][-1]
+
+        return noted
+
+    def noting_step(*args):
+        inputs = inspect.signature(step).bind(*args).arguments
+        seen["batches"].append({name: plain(value) for name, value in inputs.items() if plain(value) is not None})
+        return step(*args)
 
     def noting_next(data):
         seen["rows"].append(data.rows(data.k))
         return next_batch(data)
 
-    def note_gradient(optimizer, args, kwargs):
-        optimizers[:] = [optimizer]
-        seen["gradients"].append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
+    def noting_run_step(run, network, *rest):
+        trained.update({name: network for name, known in run.trained.items() if known is network})
+        name = next(name for name, known in run.trained.items() if known is network)
+        seen["gradients"].append((name, [p.grad.clone() for p in network.parameters]))
+        run_step(run, network, *rest)
 
-    hook = register_optimizer_step_pre_hook(note_gradient)
-    pd_ddil.pd_step, pd_ddil.losses_of, common.LatentData.next = noting_pd_step, noting_losses_of, noting_next
-    try:
-        pd_ddil.main(argv)
-    finally:
-        hook.remove()
-        pd_ddil.pd_step, pd_ddil.losses_of, common.LatentData.next = pd_step, losses_of, next_batch
-    return seen | {"weights": [p.detach().clone() for p in optimizers[0].param_groups[0]["params"]]}
+    def noting_end(run, message):
+        seen.update(rank=run.rank, world_size=run.n_ranks)
+        seen.update({name: [p.detach().clone() for p in known.parameters] for name, known in trained.items()})
+        seen.update({name: [*thing.parameters()] for name, thing in run.kept.items() if hasattr(thing, "parameters")})
+        end(run, message)
+
+    with (
+        patch.object(module, STEPS[script], noting_step),
+        patch.object(module, "draw_movers", noting(movers, "movers"), create=True),
+        patch.object(common.SamplingPrior, "draw", noting(draw, "sources")),
+        patch.object(common.LatentData, "next", noting_next),
+        patch.object(common.Run, "step", noting_run_step),
+        patch.object(common.Run, "end", noting_end),
+    ):
+        module.main(argv)
+    return seen
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    seen = record(sys.argv[2:])
-    torch.save(seen, Path(sys.argv[1]) / f"rank-{seen['rank']}.pt")
+    seen = record(sys.argv[1], sys.argv[3:])
+    torch.save(seen, Path(sys.argv[2]) / f"rank-{seen['rank']}.pt")

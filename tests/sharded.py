@@ -7,7 +7,6 @@ With DIE=1 in the environment, the run dies as soon as it has saved a checkpoint
 import importlib
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -15,6 +14,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
 
 
 class ShardingAccelerator(accelerate.Accelerator):
@@ -26,8 +26,8 @@ class ShardingAccelerator(accelerate.Accelerator):
             self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
 
 
-def save_and_die(save, *args, **trained):
-    save(*args, **trained)
+def save_and_die(run, save=common.Run.save):
+    save(run)
     raise SystemExit("dies here")
 
 
@@ -35,5 +35,5 @@ if __name__ == "__main__":
     script = importlib.import_module(sys.argv[1].removesuffix(".py"))
     accelerate.Accelerator = ShardingAccelerator
     if "DIE" in os.environ:
-        script.save = partial(save_and_die, script.save)
+        common.Run.save = save_and_die
     script.main(sys.argv[2:])

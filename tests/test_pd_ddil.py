@@ -20,10 +20,7 @@ from common import (
     load_schedule, rotation, seed_of, student_rollout, teacher_rollout, timestep_grid, v_from_prediction, with_guidance,
     x_from_v,
 )  # fmt: skip
-from pd_ddil import (
-    Networks, collect, dagger_batch, forward_batch, guidance_step, learning_rate, parse_args, pd_step, plan_phases,
-    teacher_landing, v_step, with_w_embedding,
-)  # fmt: skip
+from pd_ddil import (collect, dagger_batch, forward_batch, guidance_step, parse_args, pd_step, plan_phases, teacher_landing, v_step, with_w_embedding)
 
 
 def intervals(n: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -235,19 +232,6 @@ def test_w_embedding_of_a_unet_whose_config_does_not_know_it(teacher_folder, tmp
     assert with_w_embedding(unet).config.time_cond_proj_dim == 256
 
 
-@pytest.fixture
-def make_run(gc_folder, data_folder, tmp_path):
-    """A run as main() sets it up, and toy networks for it: 16 teacher steps, 8 of the student."""
-
-    def make(*flags):
-        paths = ["--teacher", str(gc_folder), "--data", str(data_folder), "--output_dir", str(tmp_path / "run")]
-        args = parse_args([*paths, "--teacher_steps", "16", *SMALL, *flags])
-        run, _ = pd_ddil.setup(args, Accelerator())
-        teacher, student = Counted(prompted_model), Counted(lambda z, t, cond: prompted_model(z, t, cond) + 0.2)
-        return run, Networks(teacher, student, student, [*timestep_grid(16), CLEAN], [], {})
-
-    with signals_kept():
-        yield make
 
 
 def prompted_model(z_t, t, cond):
@@ -262,123 +246,25 @@ def recomputed(run, nets, rows):
     return teacher_landing(run.schedule, nets.teacher, rows["z_t"], t, m, s, cond, run.support)
 
 
-@pytest.mark.parametrize("reflect", ["none", "measured", "0.5"])
-def test_stored_target_is_the_recomputed_one(make_run, reflect):
-    """[D17] The teacher is frozen and DDIM deterministic, so a state's target is stored with it."""
-    run, nets = make_run("--reflect", reflect)
-    rows = collect(run, nets, student_rate=0.5)
-    assert max_error(rows["z_s"], recomputed(run, nets, rows)) < 1e-6
-    lo, hi = run.args.guidance_range
-    assert (rows["w"] >= lo).all() and (rows["w"] <= hi).all() and len(rows["w"].unique()) > 1
 
 
-@pytest.mark.parametrize("start", [False, True])
-def test_which_states_are_stored(make_run, start):
-    """[D16] Those before each transition of the student's grid, without the pure noise unless asked for, none clean."""
-    run, nets = make_run(*["--store_start"] * start)
-    rows = collect(run, nets, student_rate=0.5)
-    stored = list(range(0 if start else 1, 8))
-    n = len(rows["j"]) // len(stored)
-    assert rows["j"].tolist() == stored * n  # trajectory by trajectory
-    for name in ("w", "ids"):  # one w and one prompt a trajectory
-        by_trajectory = rows[name].unflatten(0, (n, len(stored)))
-        assert (by_trajectory == by_trajectory[:, :1]).all()
-    run.buffer.capacity = 2 * len(stored)  # less than a rollout: whole trajectories are lost, not the noisier states of all
-    run.buffer.add(**rows, born=torch.zeros(len(rows["j"])))
-    assert run.buffer.rows["j"].bincount()[stored].tolist() == [2] * len(stored)
 
 
-def test_collected_states_are_the_models_own(make_run):
-    """With rate 1 they lie on the student's trajectory, with rate 0 on the teacher's, from the same start."""
-    for rate, model, steps in ((1.0, "rolling", 8), (0.0, "teacher", 16)):
-        run, nets = make_run("--overwrite", "--store_start", "--reflect", "none")
-        rows = collect(run, nets, rate)
-        cond = run.prompts.encode(rows["ids"][::8]) | {"w": rows["w"][::8]}
-        states = teacher_rollout(run.schedule, getattr(nets, model), rows["z_t"][::8], timestep_grid(steps), cond)
-        assert max_error(rows["z_t"].unflatten(0, (-1, 8)), torch.stack(states[:: steps // 8], dim=1)) < 1e-6
 
 
-@pytest.mark.parametrize("reuse", [0.5, 2.0, 3.0])
-def test_a_state_is_used_reuse_times(make_run, reuse):
-    """Collection keeps up with use: states collected x R is at least what was used, by less than one rollout."""
-    run, nets = make_run("--reuse", str(reuse), "--buffer_size", "1000")
-    for i in range(40):
-        z_t, z_s, t, s, cond = dagger_batch(run, nets, student_rate=0.5)
-        assert len(z_t) == len(z_s) == len(t) == len(s) == len(cond["w"]) == 4
-        assert set(t.tolist()) <= set(timestep_grid(8)[1:])
-    per_rollout = len(collect(run, nets, 0.5)["w"])
-    assert 0 <= run.buffer.added * reuse - 160 < per_rollout * reuse
 
 
-def test_stored_targets_spare_the_teacher(make_run):
-    """A batch from a filled buffer needs no network at all; a batch by forward diffusion needs the teacher twice."""
-    run, nets = make_run("--reuse", "100")
-    dagger_batch(run, nets, 0.5)
-    spent = nets.teacher.samples, nets.rolling.samples
-    for _ in range(5):
-        z_t, z_s, t, s, cond = dagger_batch(run, nets, 0.5)
-    assert (nets.teacher.samples, nets.rolling.samples) == spent
-    assert run.buffer.added < 5 * 4 * 2
-    forward_batch(run, nets, range(8))
-    assert (nets.teacher.samples, nets.rolling.samples) == (spent[0] + 2 * 4, spent[1])
 
 
-@pytest.mark.parametrize("flags, blind", [
-    ("--p_forward 0", "8, 4"), ("--p_forward 0 --store_start", None), ("--p_forward 0 .5 --updates 8=2 4=2,2", "8"), ("", None),
-    ("--p_forward 0 --student_steps 1 --teacher_steps 2", None),
-])  # fmt: skip
-def test_phases_that_leave_the_start_untrained_are_told(flags, blind, make_run, capsys):
-    make_run(*flags.split())
-    out = capsys.readouterr().out
-    assert "nothing is trained at 999" not in out if blind is None else f"sampling starts, in phase {blind}: --store_start" in out
 
 
-@pytest.mark.parametrize("start", [False, True])
-def test_control_has_forward_diffusion_at_the_timesteps_of_d_dagger(start, make_run, monkeypatch):
-    """[D16] What --forward_control trains on in D_DAgger's share differs from it in the latents alone."""
-    run, nets = make_run("--forward_control", *["--store_start"] * start)
-    diffused, trained, forward_states = [], [], pd_ddil.forward_states
-
-    def noting(*args):
-        z_t, eps = forward_states(*args)
-        diffused.append(z_t)
-        return z_t, eps
-
-    monkeypatch.setattr(pd_ddil, "forward_states", noting)
-    monkeypatch.setattr(pd_ddil, "pd_step", lambda schedule, student, z_t, z_s, t, s, cond: trained.append(z_t))
-    phase = pd_ddil.Phase("8", [1], [0.5], [0.5])
-    of = lambda source: {t for _ in range(30) for t in pd_ddil.losses_of(run, phase, 0, source, nets)[1].tolist()}  # noqa: E731
-    assert of("dagger") == set(timestep_grid(8)[0 if start else 1 :])
-    assert of("forward") == set(timestep_grid(8))
-    assert len(run.buffer) == 0 and all(z is z_t for z, z_t in zip(trained, diffused, strict=True))
 
 
-def test_forward_batch_is_on_the_student_s_grid(make_run):
-    run, nets = make_run("--reflect", "0.5")
-    seen = set()
-    for _ in range(30):
-        z_t, z_s, t, s, cond = forward_batch(run, nets, range(8))
-        seen |= {*zip(t.tolist(), s.tolist())}
-        m = torch.tensor([nets.tau[nets.tau.index(i) + 1] for i in t])
-        assert max_error(z_s, teacher_landing(run.schedule, nets.teacher, z_t, t, m, s, cond, run.support)) == 0
-    assert seen == {*pairwise([*timestep_grid(8), CLEAN])}
 
 
 # --- schedules ---
 
 
-@pytest.mark.parametrize("updates, warmup", [(100, 20), (10, 0), (10, 9), (5, 500), (1, 20)])
-def test_learning_rate_rises_then_falls_to_zero(updates, warmup):
-    rates = [learning_rate(i, updates, warmup, peak=2.0) for i in range(updates)]
-    top = min(warmup, updates - 1)
-    assert rates[top] == max(rates) == 2.0
-    assert all(rate > 0 for rate in rates)
-    rising, falling = torch.tensor(rates[: top + 1]).diff(), torch.tensor(rates[top:]).diff()
-    assert (rising > 0).all() and (falling < 0).all()
-    for steps in (rising, falling):  # both are straight lines
-        assert len(steps) == 0 or max_error(steps, steps[:1].expand_as(steps)) < 1e-6
-    if len(falling):
-        assert abs(rates[-1] + falling[-1]) < 1e-6  # one more update would have rate 0
 
 
 def phases_of(*flags, prediction_type="epsilon", has_w=False):
@@ -473,14 +359,13 @@ def test_plain_pd_equals_a_short_independent_loop(gc_folder, data_folder, tmp_pa
 
 
 def joined_gradient(folder, batches: list[dict]) -> list[torch.Tensor]:
-    """The clipped gradient at the stage's start of the mean loss over several mini-batches taken as one."""
+    """The gradient at the stage's start of the mean loss over several mini-batches taken as one."""
     pipe = load_pipeline(str(folder))
     unet = pipe.unet.requires_grad_(True)
     student = UNetModel(unet, load_schedule(pipe), "v_prediction", torch.enable_grad)
     z_t, z_s, t, s = (torch.cat([batch[name] for batch in batches]) for name in ("z_t", "z_s", "t", "s"))
     cond = {name: torch.cat([batch["cond"][name] for batch in batches]) for name in batches[0]["cond"]}
     pd_step(student.schedule, student, z_t, z_s, t, s, cond).mean().backward()
-    torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
     return [p.grad for p in unet.parameters()]
 
 
@@ -488,8 +373,8 @@ def test_accumulated_gradient_is_that_of_the_joined_batch(gc_folder, data_folder
     flags = ["--teacher", gc_folder, "--data", data_folder, "--output_dir", tmp_path / "run", *SMALL,
              "--teacher_steps", 8, "--updates", "4=1", "--global_batch_size", 6, "--batch_size", 2]  # fmt: skip
     with signals_kept():
-        seen = record([*map(str, flags)])
+        seen = record("pd_ddil", [*map(str, flags)])
     assert len(seen["batches"]) == 3 and len(seen["gradients"]) == 1
     expected = joined_gradient(gc_folder, seen["batches"])
-    assert max(max_error(a, b) for a, b in zip(seen["gradients"][0], expected)) < 1e-6
+    assert max(max_error(a, b) for a, b in zip(seen["gradients"][0][1], expected)) < 1e-6
     assert max(gradient.abs().max() for gradient in expected) > 1e-3
