@@ -11,6 +11,7 @@ Glossary. z_t = alpha_t x + sigma_t eps with alpha_t^2 + sigma_t^2 = 1; v = alph
 
 import argparse
 import csv
+import gc
 import hashlib
 import json
 import math
@@ -1157,7 +1158,7 @@ def start_accelerator(**settings):
     try:  # without a GPU, accelerate takes each process for a run of its own, unless told that CPUs are meant
         accelerator = Accelerator(cpu=launched > 1 and not has_gpu, kwargs_handlers=handlers, **settings)
     except ValueError as error:  # a precision that the device has not, an unknown tracker
-        raise SystemExit(f"accelerate: {error}")
+        raise SystemExit(f"accelerate launch --mixed_precision, or --report_to: {error}")
     if accelerator.num_processes != launched:
         raise SystemExit(
             f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: check its config"
@@ -1274,9 +1275,9 @@ class Metrics:
     def go_back(self, rows: int) -> None:
         """Drop what was written after the first so many rows: a run resumes there."""
         self.rows = rows
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         replacement = self.path.with_suffix(".tmp")
-        replacement.write_text("".join(lines[: rows + 1 if rows else 0]))
+        replacement.write_bytes(b"".join(lines[: rows + 1 if rows else 0]))
         replacement.rename(self.path)
 
 
@@ -1545,6 +1546,7 @@ class Run:
                 self.restore()
         for place in range(self.progress["phase"], len(phases)):
             yield place, phases[place]
+            gc.collect()  # accelerate's wrappers are cycles, and only here has the phase's frame let go of its networks
 
     def finish(self, write: Callable[[], None]) -> None:
         """The end of a phase: write() its results on the first process, let go of its networks, and a checkpoint."""

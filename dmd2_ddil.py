@@ -10,8 +10,8 @@ DMD2: Improved Distribution Matching Distillation for Fast Image Synthesis, arXi
 paper                                            code
   Alg. 1    line 2, [D14] one source a mini-batch  common.SamplingPrior.draw
   Alg. 1    line 3, forward diffusion              student_states, common.forward_states
-  Alg. 1    line 4, the teacher's trajectory       backward_states, common.teacher_rollout
-  Alg. 1    line 5, the student's trajectory       backward_states, common.consistency_rollout
+  Alg. 1    line 4, the teacher's trajectory       student_states, common.teacher_rollout
+  Alg. 1    line 5, the student's trajectory       student_states, common.consistency_rollout
   sec. 4.2  both models within one trajectory      draw_movers
   Alg. 1    line 6, the losses                     student_step, critic_step
   DMD2      gradient of the matching               matching_gradient

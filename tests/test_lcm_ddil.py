@@ -449,7 +449,7 @@ def test_caption_that_is_missing_is_skipped_and_reported(tmp_path, teacher_folde
 @pytest.mark.parametrize("flag", ["--dry_run", "--check_data"])
 def test_lcm_reports_write_nothing(flag, tmp_path, teacher_folder, data_folder, capsys):
     lcm_here(*command(tmp_path / "run", teacher_folder, data_folder, flag))
-    assert {"--dry_run": "GiB", "--check_data": "usable"}[flag] in capsys.readouterr().out
+    assert {"--dry_run": "accumulated", "--check_data": "usable"}[flag] in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
