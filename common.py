@@ -1437,8 +1437,8 @@ class Run:
             raise SystemExit(f"--output_dir {self.out}: process {self.rank} does not see it; all nodes must share it")
         if args.report_to:
             self.accelerator.init_trackers(Path(script).stem, config={k: str(v) for k, v in vars(args).items()})
-        place = f"resumes after update {int(self.checkpoint.name.strip('+'))}" if self.checkpoint else "starts"
-        self.print(f"{self.out}: {place}")
+        done = int(self.checkpoint.name.strip("+")) if self.checkpoint else 0
+        self.print(f"{self.out}: {'resuming' if done else 'starting'} at update {done + 1}")
 
     def create_folder(self, script: str) -> None:
         """The run folder, with config.json and a copy of the code that made it."""
