@@ -304,9 +304,8 @@ class Evaluation:
 def phase_updates(text: str) -> tuple[str, list[int]]:
     """argparse type of --updates: 8=6000,4000."""
     phase, _, values = text.partition("=")
-    known = {"v", "gc", *map(str, range(1, 129))}
     updates = [int(u) for u in values.split(",") if u.isdigit()]
-    if phase not in known or not 1 <= len(updates) <= 2 or min(updates) < 1 or values.count(",") != len(updates) - 1:
+    if not phase or not 1 <= len(updates) <= 2 or min(updates) < 1 or values.count(",") != len(updates) - 1:
         raise ArgumentTypeError(f"{text}: must read PHASE=U or PHASE=U,U, as 8=6000,4000; phases are v, gc, 16, ...")
     return phase, updates
 
@@ -342,6 +341,9 @@ def check_args(args) -> None:
     n, m = args.teacher_steps, args.student_steps
     if n <= m or n % m or (n // m) & (n // m - 1) or n > 256:
         raise SystemExit(f"--teacher_steps {n}: must be --student_steps ({m}) times a power of two, at most 256")
+    known = {"v", "gc", *halvings(n, m)} | set(RECIPES["tiny"]["updates"])
+    if unknown := [phase for phase in args.updates if phase not in known]:
+        raise SystemExit(f"--updates {unknown[0]}=...: no such phase; they are {', '.join(sorted(known))}")
     for name in ("p_forward", "student_rate", "learning_rate"):
         if len(getattr(args, name)) > 2:
             raise SystemExit(f"--{name} {getattr(args, name)}: give one value, or one for each of the two parts")

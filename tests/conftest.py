@@ -1,13 +1,11 @@
 """Tiny random pipelines and images, so that every test runs offline, on CPU, in seconds."""
 
-import atexit
 import contextlib
 import csv
 import importlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,54 +14,48 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: nothing here may ask the network
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ddil-tests-")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CPU everywhere
-os.environ["OMP_NUM_THREADS"] = "1"
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+CACHE = tempfile.TemporaryDirectory(prefix="ddil-tests-", ignore_cleanup_errors=True)
+# Before the libraries read it: nothing here may ask the network, and all runs on the CPU
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": CACHE.name}
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common import last_checkpoint
-
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # these networks are too small for more; and the same number everywhere gives the same bits
+session = pytest.fixture(scope="session")
 
 # Flags that make a run small; all else stays as in the recipe, so that the runs go through all of the code.
 W_RANGE = 2.0, 5.0
-SMALL = ["--global_batch_size", "4", "--eval_prompts", "4", "--buffer_size", "64", "--warmup", "1", "--log_every", "1",
-         "--learning_rate", "1e-3", "--guidance_range", *map(str, W_RANGE)]  # fmt: skip
+SMALL = ["--global_batch_size", "4", "--eval_prompts", "4", "--buffer_size", "64", "--warmup", "1", "--log_every", "1"]
+SMALL += ["--learning_rate", "1e-3", "--guidance_range", *map(str, W_RANGE)]
 
 
 def run_script(*args, script="pd_ddil.py", launcher=(), timeout=400) -> subprocess.CompletedProcess:
     """`python pd_ddil.py ...` in a process of its own."""
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @contextlib.contextmanager
 def signals_kept():
     """A run listens to SIGTERM and Ctrl-C; afterwards they are pytest's again."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with contextlib.ExitStack() as afterwards:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            afterwards.callback(signal.signal, number, signal.getsignal(number))
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def run_here(*args, script="pd_ddil.py") -> None:
     """The same as run_script in this process: no imports to wait for, and SystemExit can be caught."""
     with signals_kept():
-        try:
-            importlib.import_module(script.removesuffix(".py")).main([*map(str, args)])
-        except SystemExit as end:
-            if end.code:
-                raise
+        importlib.import_module(script.removesuffix(".py")).main([*map(str, args)])
 
 
 def refusal(*args, script="pd_ddil.py") -> str:
@@ -78,8 +70,7 @@ def refusal(*args, script="pd_ddil.py") -> str:
 
 def rows_of(folder: Path) -> list[dict]:
     """metrics.csv of a run."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return [*csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
 
 
 def weights_of(pipeline: Path) -> dict:
@@ -98,98 +89,62 @@ def change_json(file: Path, **changes) -> None:
 
 def interrupt(script: str, folder: Path, number: signal.Signals, after_update: int, *flags) -> subprocess.Popen:
     """Starts a run in `folder` and signals it as soon as it has saved `after_update`."""
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while process.poll() is None:
-        checkpoint = last_checkpoint(folder / "checkpoints")
-        if checkpoint and int(checkpoint.name) >= after_update:
-            process.send_signal(number)
-            break
+    command, pipe, saved = [sys.executable, str(ROOT / script), *map(str, flags)], subprocess.PIPE, 0
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    while process.poll() is None and saved < after_update:
         time.sleep(0.005)
+        saved = max((int(path.name.rstrip("+")) for path in (folder / "checkpoints").glob("[0-9]*")), default=0)
+    process.send_signal(number)
     process.out, process.err = process.communicate(timeout=300)
     return process
 
 
-def tiny_tokenizer(folder: Path):
-    """CLIP's tokenizer with a vocabulary of single characters."""
-    from transformers import CLIPTokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    characters = [chr(c) for c in range(33, 127)]
-    words = [*characters, *[c + "</w>" for c in characters], "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
-
-
-def tiny_text_encoder(vocab_size: int, projected: bool = False):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1, projection_dim=16,
-    )  # fmt: skip
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
-
-
 def tiny_unet(cross_attention_dim: int = 16, **config):
     """4 x 8 x 8 latents, about 50K parameters."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(**dict(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        cross_attention_dim=cross_attention_dim, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    ) | config)  # fmt: skip
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "block_out_channels": (8, 16)}
+    blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "norm_num_groups": 4, "attention_head_dim": 8}
+    sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "cross_attention_dim": cross_attention_dim}
+    return diffusers.UNet2DConditionModel(**{"layers_per_block": 1} | blocks | sizes | config)
 
 
 def save_teacher(folder: Path, xl: bool = False, prediction_type: str = "epsilon", **unet_config) -> Path:
     """A random Stable Diffusion pipeline (xl: with SDXL's two text encoders) in diffusers' folder format."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer(folder / "tokenizer")
-    vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8, 8), norm_num_groups=4,
-        sample_size=32, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    )  # fmt: skip
-    parts = dict(
-        vae=vae, tokenizer=tokenizer, text_encoder=tiny_text_encoder(len(tokenizer)),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                                set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type),
-    )  # fmt: skip
+    (vocabulary := folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    words = [chr(c) + end for end in ("", "</w>") for c in range(33, 127)] + ["<|startoftext|>", "<|endoftext|>"]
+    (vocabulary / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (vocabulary / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(f"{vocabulary}/vocab.json", f"{vocabulary}/merges.txt", model_max_length=16)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    vae = diffusers.AutoencoderKL(**blocks, block_out_channels=(8, 8, 8), norm_num_groups=4, sample_size=32)
+    widths = {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 16, "max_position_embeddings": 16}
+    tokens = {"vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    text = transformers.CLIPTextConfig(num_hidden_layers=2, num_attention_heads=2, **widths, **tokens)
+    parts = {"vae": vae, "tokenizer": tokenizer, "text_encoder": transformers.CLIPTextModel(text)}
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    noise |= {"prediction_type": prediction_type, "clip_sample": False, "set_alpha_to_one": False}
+    parts["scheduler"] = diffusers.DDIMScheduler(**noise)
     if xl:
-        added = dict(addition_embed_type="text_time", addition_time_embed_dim=8)
-        added |= dict(projection_class_embeddings_input_dim=16 + 6 * 8)  # pooled prompt, six time ids
-        pipe = StableDiffusionXLPipeline(
-            **parts, unet=tiny_unet(32, **added, **unet_config), tokenizer_2=tokenizer,
-            text_encoder_2=tiny_text_encoder(len(tokenizer), projected=True), force_zeros_for_empty_prompt=True,
-        )  # fmt: skip
+        inputs = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+        inputs["projection_class_embeddings_input_dim"] = 16 + 6 * 8  # pooled prompt, six time ids
+        parts |= {"unet": tiny_unet(32, **inputs, **unet_config), "tokenizer_2": tokenizer}
+        parts["text_encoder_2"] = transformers.CLIPTextModelWithProjection(text)
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=True)
     else:
-        pipe = StableDiffusionPipeline(
-            **parts, unet=tiny_unet(**unet_config), safety_checker=None, feature_extractor=None,
-            requires_safety_checker=False,
-        )  # fmt: skip
+        parts |= {"unet": tiny_unet(**unet_config), "safety_checker": None, "feature_extractor": None}
+        pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def teacher_folder(tmp_path_factory) -> Path:
-    """Predicts eps, as SD1.5 does: needs all phases."""
-    return save_teacher(tmp_path_factory.mktemp("teacher"))
+def teacher_fixture(**settings):
+    """A pipeline's folder, made once."""
+    return session(lambda tmp_path_factory: save_teacher(tmp_path_factory.mktemp("teacher"), **settings))
 
 
-@pytest.fixture(scope="session")
-def gc_folder(tmp_path_factory) -> Path:
-    """Predicts v and takes w, as a run's stages/gc does: needs halvings only."""
-    return save_teacher(tmp_path_factory.mktemp("gc"), prediction_type="v_prediction", time_cond_proj_dim=256)
-
-
-@pytest.fixture(scope="session")
-def xl_folder(tmp_path_factory) -> Path:
-    """Shaped like SDXL."""
-    return save_teacher(tmp_path_factory.mktemp("xl"), xl=True)
+teacher_folder = teacher_fixture()  # predicts eps, as SD1.5 does: needs all phases
+gc_folder = teacher_fixture(prediction_type="v_prediction", time_cond_proj_dim=256)  # as stages/gc: needs halvings only
+xl_folder = teacher_fixture(xl=True)  # shaped like SDXL
 
 
 def save_images(folder: Path, n: int, seed: int) -> None:
@@ -207,15 +162,14 @@ def save_tar(file: Path, rows) -> None:
     """Rows with image and caption in webdataset's layout."""
     with tarfile.open(file, "w") as tar:
         for i, row in enumerate(rows):
-            png = io.BytesIO()
-            row["image"].save(png, "PNG")
-            for suffix, content in (("png", png.getvalue()), ("txt", row["caption"].encode())):
+            row["image"].save(png := io.BytesIO(), "PNG")
+            for suffix, content in {"png": png.getvalue(), "txt": row["caption"].encode()}.items():
                 member = tarfile.TarInfo(f"{file.stem}{i:05d}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
 
-@pytest.fixture(scope="session")
+@session
 def data_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     save_images(folder / "train", 40, seed=0)

@@ -1,21 +1,17 @@
-"""As much of the Hugging Face hub as its clients ask for when they load a data set or a pipeline: files of a folder, over HTTP."""
+"""As much of the Hugging Face hub as its clients ask for when they load a data set or a pipeline: a folder's files over HTTP."""
 
 import contextlib
 import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
 REVISION = "1" * 40
 
 
-class Hub(BaseHTTPRequestHandler):
-    root: Path  # holds owner/name folders
-
-    def log_message(self, *args):
-        pass
+class Hub(BaseHTTPRequestHandler):  # `root` holds owner/name folders
+    def log_message(self, *args): ...
 
     def reply(self, status: int, body, **headers) -> None:
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -23,10 +19,9 @@ class Hub(BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": len(body)} | headers).items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(b"" if self.command == "HEAD" else body)
 
-    def entry(self, repo: Path, path: Path) -> dict:
+    def entry(self, repo, path) -> dict:
         kind = {"type": "file", "size": path.stat().st_size} if path.is_file() else {"type": "directory"}
         return kind | {"path": str(path.relative_to(repo)), "oid": hashlib.sha1(str(path).encode()).hexdigest()}
 
@@ -38,10 +33,10 @@ class Hub(BaseHTTPRequestHandler):
                 folder, deep = repo.joinpath(*path[6:]), "recursive=true" in self.path.lower()
                 return self.reply(200, [self.entry(repo, p) for p in sorted(folder.glob("**/*" if deep else "*"))])
             files = [{"rfilename": str(p.relative_to(repo))} for p in sorted(repo.rglob("*")) if p.is_file()]
-            return self.reply(200, {"id": f"{path[2]}/{path[3]}", "sha": REVISION, "private": False, "tags": [], "siblings": files})
-        owner, name, _, _, *rest = path[1:] if path[0] == "datasets" else path  # [datasets/]owner/name/resolve/R/file
-        file = self.root.joinpath(owner, name, *rest)
-        if not file.is_file():
+            facts = {"id": f"{path[2]}/{path[3]}", "sha": REVISION, "private": False, "tags": []}
+            return self.reply(200, facts | {"siblings": files})
+        owner, name, _, _, *rest = path[path[0] == "datasets" :]  # [datasets/]owner/name/resolve/R/file
+        if not (file := self.root.joinpath(owner, name, *rest)).is_file():
             return self.reply(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=REVISION)
         content = file.read_bytes()
         facts = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": REVISION, "Accept_Ranges": "bytes"}
@@ -61,11 +56,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serve(root: Path):
+def serve(root):
     """The address of a hub with the folders owner/name under root."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (Hub,), {"root": root}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (Hub,), {"root": root})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
-    finally:
         server.shutdown()

@@ -1,6 +1,7 @@
 """End to end: whole runs, killed runs, two processes, bad input, and README. The networks are random and tiny; what is
 checked is that everything fits together, and that a run is the same run however it is interrupted."""
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -13,11 +14,12 @@ import shutil
 import signal
 import socket
 import sys
+from itertools import product
 
 import pytest
 import torch
-from conftest import ROOT, W_RANGE, change_json, rows_of, run_here, run_script, save_images, save_teacher
-from conftest import scale_weights, weights_of
+from conftest import ROOT, change_json, refusal, rows_of, run_here, run_script, save_images, save_teacher, scale_weights
+from conftest import weights_of
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
@@ -38,14 +40,23 @@ FEWER = {
     "lcm_ddil": "--updates 2 --teacher_steps 8 --student_steps 2 --rollout_steps 2",
     "dmd2_ddil": "--updates 2 --teacher_steps 4",
 }
+SHORT = ["pd_ddil --teacher_steps 4 --seed 2", "lcm_ddil", "dmd2_ddil"]  # for two processes
 each_script = pytest.mark.parametrize("script", FLAGS)
 
 
 def arguments(script, teacher, data, folder, *more) -> list[str]:
     name, *flags = script.split()
-    return [
-        *map(str, ["--teacher", teacher, "--data", data, "--output_dir", folder, *FLAGS[name].split(), *flags, *more])
-    ]
+    flags = ["--teacher", teacher, "--data", data, "--output_dir", folder, *FLAGS[name].split(), *flags, *more]
+    return [*map(str, flags)]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """With four held-out captions, so that sample grids are small."""
+    folder = tmp_path_factory.mktemp("images")
+    save_images(folder / "train", 40, seed=0)
+    save_images(folder / "test", 4, seed=1)
+    return folder
 
 
 # --- processes that have all imports behind them ---
@@ -63,27 +74,24 @@ def launch(log, *argv, ranks=1, stop=None, notes=None, env=None) -> list[int]:
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
+    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port, "MASTER_ADDR": "localhost"}
     processes = []
     for rank in range(ranks):
-        mine = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_PORT=port)
-        mine = {name: str(value) for name, value in mine.items()} | {"MASTER_ADDR": "localhost"} if ranks > 1 else {}
-        inputs = (
-            log,
-            [*map(str, argv)],
-            mine | (env or {}),
-            stop if rank == 0 else None,
-            notes and notes / f"{rank}.json",
-        )
+        mine = world | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
+        mine = {name: str(value) for name, value in mine.items()} | (env or {})
+        inputs = log, [*map(str, argv)], mine, stop if rank == 0 else None, notes and notes / f"{rank}.json"
         processes.append(FRESH.Process(target=run_as_rank, args=inputs))
         processes[-1].start()
     processes[0].join(200)
-    if processes[0].exitcode == -signal.SIGKILL:
-        [process.kill() for process in processes]
-    [process.join(200) for process in processes]
+    for process in processes:
+        if processes[0].exitcode == -signal.SIGKILL:
+            process.kill()
+        process.join(200)
     return [process.exitcode for process in processes]
 
 
 def run_as_rank(log, argv, env, stop, notes) -> None:
+    gc.freeze()  # of what was imported there is nothing to collect
     sys.stdout = sys.stderr = log.open("a", buffering=1)
     os.environ |= env
     if notes:
@@ -96,15 +104,12 @@ def run_as_rank(log, argv, env, stop, notes) -> None:
 
 def signal_myself(number, place: str, n: int) -> None:
     """Files are all that a kill leaves behind, so the moments before an operation on one are all that there are."""
-    seen = []
+    operations = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}
+    left = iter(range(n - 1, -1, -1))
 
     def count(event, args):
-        if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree") and place in str(
-            args[0]
-        ):
-            seen.append(event)
-            if len(seen) == n:
-                os.kill(os.getpid(), number)
+        if event in operations and place in str(args[0]) and next(left, None) == 0:
+            os.kill(os.getpid(), number)
 
     sys.addaudithook(count)
 
@@ -113,36 +118,32 @@ def take_notes(file) -> None:
     """Into a file the sources and the rows of the data that this process drew, and its forwards after each update."""
     notes = {"sources": [], "rows": [], "forwards": []}
 
-    def noting(owner, method, column, value):
-        original = getattr(owner, method)
-
+    def noting(name, function, value):
         def noted(self, *args):
-            rows = self.rows(self.k) if column == "rows" else None  # before they are drawn
-            result = original(self, *args)
-            notes[column].append(value(self, rows, result))
+            result = function(self, *args)
+            notes[name].append(value(self, result))
             file.write_text(json.dumps(notes))
             return result
 
-        setattr(owner, method, noted)
+        return noted
 
-    noting(common.SamplingPrior, "draw", "sources", lambda self, rows, source: source)
-    noting(common.Run, "log", "forwards", lambda self, rows, result: self.progress["forwards"])
-    for method in ("next", "next_ids"):
-        noting(common.LatentData, method, "rows", lambda self, rows, result: rows.tolist())
+    common.SamplingPrior.draw = noting("sources", common.SamplingPrior.draw, lambda prior, source: source)
+    common.LatentData.rows = noting("rows", common.LatentData.rows, lambda data, rows: rows.tolist())
+    common.Run.log = noting("forwards", common.Run.log, lambda run, _: run.progress["forwards"])
 
 
 # --- whole runs ---
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, teacher_folder, data_folder):
+def finished(tmp_path_factory, teacher_folder, data):
     """finished("SCRIPT FLAGS", ranks): the folder of a run that nothing interrupted."""
     folders = {}
 
     def of(script: str, ranks: int = 1):
         if (script, ranks) not in folders:
             folder = folders[script, ranks] = tmp_path_factory.mktemp("finished") / "run"
-            log, argv = folder.with_name("log"), arguments(script, teacher_folder, data_folder, folder)
+            log, argv = folder.with_name("log"), arguments(script, teacher_folder, data, folder)
             codes = launch(log, f"{script.split()[0]}.py", *argv, ranks=ranks, notes=log.parent if ranks > 1 else None)
             assert codes == [0] * ranks and "starting at update 1" in log.read_text(), log.read_text()
         return folders[script, ranks]
@@ -187,32 +188,26 @@ def test_run_folder(script, finished, teacher_folder):
     assert all(1e-3 < way < 1 for way in moved[: len(stages) or 1]) and not any(moved[len(stages) or 1 :])
 
 
-def test_metrics_of_pd(finished):
-    """One source a mini-batch, on the student's timesteps, and the forwards that it takes: for each of B samples v 3
-    (backward = 2), guidance 2 + 3, halvings 2 + 3 by forward diffusion and 3 from D_DAgger, to which a rollout of B prompts
-    through M intervals adds B (2 M - 1) to B (3 M - 2)."""
+def test_forwards_of_pd(finished):
+    """For each of B samples v 3 (backward = 2), guidance 2 + 3, halvings 2 + 3 by forward diffusion and 3 from D_DAgger, to
+    which a rollout of B prompts through M intervals adds B (2 M - 1) to B (3 M - 2)."""
     before, B = 0, 4
     for row in (row for row in rows_of(finished("pd_ddil")) if row["loss"]):
         spent, before = int(row["unet_forwards"]) - before, int(row["unet_forwards"])
-        (source,) = [source for source in ("forward", "dagger") if row[f"loss_{source}"]]
-        assert row[f"loss_{source}"] == row["loss"] and all(float(row[name]) > 0 for name in ("lr", "grad_norm"))
-        M = int(row["phase"]) if row["phase"].isdigit() else None
-        if source == "forward":
-            assert spent == (3 if row["phase"] == "v" else 5) * B
+        if row["loss_forward"]:
+            assert spent == (3 if row["phase"] == "v" else 5) * B and not row["loss_dagger"]
         else:
-            collected = spent - 3 * B
-            assert B * (2 * M - 1) <= collected <= B * (3 * M - 2) if row["student_moves"] else collected == 0
-        timesteps = {int(name[6:]) for name in row if re.match(r"loss_t\d", name) and row[name]}
-        assert not M or timesteps <= set(timestep_grid(M)[source == "dagger" :])  # [D16] no start states
+            least, most = (2, 3) if row["student_moves"] else (0, 0)
+            M = int(row["phase"])
+            assert max(0, B * (least * M - 1)) <= spent - 3 * B <= max(0, B * (most * M - 2))
 
 
 @pytest.mark.parametrize("stage, steps", [("v", 8), ("gc", 8), ("gc", 2), ("4", 4), ("2", 2)])
-def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, data_folder):
+def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, data):
     """A saved stage in plain diffusers gives our rollout's images within 1/255: w embedding, grid, clean end. Its paired
     error is the RMS distance to stages/gc at 8 steps, from the same noise, held-out prompts and w."""
-    held_out, z = load_images(str(data_folder))[1], noise_of(range(4), (4, 8, 8), seed=1)
-    captions = [held_out[i] for i in (0, 2, 4, 6)]
-    w = W_RANGE[0] + (W_RANGE[1] - W_RANGE[0]) * torch.rand(4, generator=torch.Generator().manual_seed(1))
+    captions, z = load_images(str(data))[1], noise_of(range(4), (4, 8, 8), seed=1)
+    w = 2 + 3 * torch.rand(4, generator=torch.Generator().manual_seed(1))
 
     def end_points(stage, steps, w):
         pipe = load_pipeline(str(finished("pd_ddil") / "stages" / stage))
@@ -237,61 +232,49 @@ def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, d
             assert difference.pow(2).mean().sqrt().item() == pytest.approx(float(row[name]), abs=1e-4)
 
 
-WAYS = {  # (flags, how far from the plain run the student may end, of the way from its teacher)
-    "strict": ("--gradient_checkpointing", 1e-2),
-    "compiled": ("--compile", 1e-5),
-    "bf16": ("", 0.5),
-}
-
-
 @each_script
-def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data_folder, monkeypatch):
+def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monkeypatch):
     """On a device that refuses what a GPU refuses, with compiled networks (the compiler itself is told to do nothing, or
     this would take minutes), in bf16 (weights and everything around the networks stay in fp32)."""
-
-    def flags(way, *more):
-        folder = tmp_path / way / "run"
-        return arguments(script, teacher_folder, data_folder, folder, *FEWER[script].split(), *more)
-
-    run_here(*flags("plain"), script=f"{script}.py")
-    before, plain = weights_of(teacher_folder), weights_of(tmp_path / "plain/run/pipeline")
-    for way, (more, tolerance) in WAYS.items():
-        (tmp_path / way).mkdir()
-        if way == "compiled":
-            compiled, compile_module = [], torch.nn.Module.compile
-            monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(net) or compile_module(net))
-            with torch.compiler.set_stance("force_eager"):
-                run_here(*flags(way, more), script=f"{script}.py")
-            assert len(compiled) >= {"pd_ddil": 6, "lcm_ddil": 3, "dmd2_ddil": 3}[script]
+    compiled, compile_module, weights = [], torch.nn.Module.compile, {}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network) or compile_module(network))
+    for way, flag in (
+        ("plain", []),
+        ("compiled", ["--compile"]),
+        ("strict", ["--gradient_checkpointing"]),
+        ("bf16", []),
+    ):
+        folder, log = tmp_path / way, tmp_path / f"{way}.log"
+        flags = arguments(script, teacher_folder, data, folder, *FEWER[script].split(), *flag)
+        if way in ("strict", "bf16"):
+            argv = ["tests/strict_device.py"] * (way == "strict") + [f"{script}.py", *flags]
+            assert launch(log, *argv, env={"ACCELERATE_MIXED_PRECISION": "bf16"} if way == "bf16" else {}) == [0], (
+                log.read_text()
+            )
         else:
-            argv = ["tests/strict_device.py"] * (way == "strict") + [f"{script}.py", *flags(way, *more.split())]
-            env = {"ACCELERATE_MIXED_PRECISION": "bf16"} if way == "bf16" else {}
-            assert launch(tmp_path / way / "log", *argv, env=env) == [0], (tmp_path / way / "log").read_text()
-        ours = weights_of(tmp_path / way / "run/pipeline")
-        assert {weight.dtype for weight in ours.values()} == {torch.float32}
-        assert distance(ours, plain) < tolerance * distance(plain, before), way
+            with torch.compiler.set_stance("force_eager"):
+                run_here(*flags, script=f"{script}.py")
+        weights[way] = weights_of(folder / "pipeline")
+        assert {weight.dtype for weight in weights[way].values()} == {torch.float32}
+    trained = distance(weights["plain"], weights_of(teacher_folder))
+    for way, tolerance in (("compiled", 1e-5), ("strict", 1e-2), ("bf16", 0.5)):
+        assert distance(weights[way], weights["plain"]) < tolerance * trained, way
+    assert len(compiled) >= {"pd_ddil": 6, "lcm_ddil": 3, "dmd2_ddil": 3}[script]
 
 
 # --- interrupted runs ---
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("script", [*FLAGS, "lcm_ddil --streaming"])
-def test_interrupted_run_is_the_same_run(script, ranks, finished, tmp_path, teacher_folder, data_folder):
+@pytest.mark.parametrize("script, ranks", [*product(FLAGS, [1]), ("lcm_ddil --streaming", 1), *product(SHORT, [2])])
+def test_interrupted_run_is_the_same_run(script, ranks, finished, tmp_path, teacher_folder, data):
     """kill -9 while a checkpoint is written, between two updates, at the end of a phase; SIGTERM saves and leaves."""
     folder, log, name = tmp_path / "run", tmp_path / "log", script.split()[0]
     chance, results = random.Random(f"{script} {ranks}"), "/stages/" if name == "pd_ddil" else "/pipeline"
-    stops = [
-        (signal.SIGKILL, "/checkpoints/", chance.randint(2, 10)),
-        (signal.SIGTERM, "metrics.csv", chance.randint(2, 3)),
-    ]
-    if ranks == 1:
-        stops += [
-            (signal.SIGKILL, "metrics.csv", chance.randint(2, 3)),
-            (signal.SIGKILL, results, chance.randint(1, 20)),
-        ]
-    flags = arguments(script, teacher_folder, data_folder, folder)
-    for stop in [*stops, None, None]:  # the last one finds nothing left to do
+    kill, rows = signal.SIGKILL, chance.randint(2, 3)
+    stops = [(kill, "/checkpoints/", chance.randint(2, 10)), (signal.SIGTERM, "metrics.csv", rows)]
+    stops += [(kill, "metrics.csv", rows), (kill, results, chance.randint(1, 20))] * (ranks == 1)
+    flags = arguments(script, teacher_folder, data, folder)
+    for stop in [*stops, None]:
         log.unlink(missing_ok=True)
         code = launch(log, f"{name}.py", *flags, ranks=ranks, stop=stop)[0]
         is_killed = stop is not None and stop[0] == signal.SIGKILL
@@ -300,37 +283,207 @@ def test_interrupted_run_is_the_same_run(script, ranks, finished, tmp_path, teac
             (saved,) = re.findall(r"stopped after update (\d+): saved", log.read_text())
             assert int(last_checkpoint(folder / "checkpoints").name.rstrip("+")) == int(saved)
         flags = ["--resume", "--output_dir", folder]
-    assert "resuming at 0" in log.read_text()
+    assert "resuming at update" in log.read_text()
     assert_same_run(folder, finished(script, ranks))
 
 
-@each_script
+@pytest.mark.parametrize("script", SHORT)
 def test_ranks_are_in_step_and_apart(script, finished):
     """Two ranks take the same sources and run as many forwards [D14], and share neither samples nor noise."""
     folder = finished(script, 2)
     first, second = (json.loads((folder.parent / f"{rank}.json").read_text()) for rank in range(2))
     assert first["sources"] == second["sources"] and len(set(first["sources"])) > 1
     shown = [float(row["unet_forwards"]) for row in rows_of(folder) if row["unet_forwards"]]
-    assert first["forwards"] == second["forwards"] and shown == [2 * forwards for forwards in first["forwards"]]
-    rows = sum(first["rows"][:10] + second["rows"][:10], [])  # 40 images: an epoch at most
+    assert first["forwards"] == second["forwards"] and shown == pytest.approx([2 * n for n in first["forwards"]])
+    rows = [row for rank in (first, second) for batch in rank["rows"][:10] for row in batch]  # 40 images: an epoch
     assert len(rows) > 30 and len({*rows}) == len(rows)
     ours, theirs = (torch.load(last_checkpoint(folder / "checkpoints") / f"rank-{rank}.pt") for rank in range(2))
     assert torch.equal(ours["shared"], theirs["shared"]) and not torch.equal(ours["noise"], theirs["noise"])
 
 
 @pytest.mark.parametrize("script, update", [("pd_ddil", 1), ("lcm_ddil", 1), ("dmd2_ddil", 1), ("pd_ddil", 3)])
-def test_non_finite_loss_stops_all_ranks(script, update, tmp_path, teacher_folder, data_folder):
+def test_non_finite_loss_stops_all_ranks(script, update, tmp_path, teacher_folder, data):
     """The teacher's weights are no numbers; or fp32 has none for such a w, and the phase before guidance is kept."""
     teacher, log = tmp_path / "teacher", tmp_path / "log"
     shutil.copytree(teacher_folder, teacher)
-    flags = arguments(script, teacher, data_folder, tmp_path / "run", "--reflect", "none")
+    flags = arguments(script, teacher, data, tmp_path / "run", "--reflect", "none")
     if update == 1:
         scale_weights(teacher, float("nan"))
     else:
         flags += ["--guidance_range", "1e37", "1e38", "--eval_guidance_scale", "1"]
     assert launch(log, f"{script}.py", *flags, ranks=2) == [1, 1], log.read_text()
-    assert re.search(
-        rf"update {update}: the (loss on \w+ states|gradient's norm) is (nan|inf); stopped", log.read_text()
-    )
+    words = rf"update {update}: the (loss on \w+ states|gradient's norm) is (nan|inf); stopped"
+    assert re.search(words, log.read_text()), log.read_text()
     last = last_checkpoint(tmp_path / "run/checkpoints")
-    assert (last and last.name) == (None if update == 1 else "00000002")
+    assert (last and last.name) == (None if update == 1 else "00000002+")
+
+
+# --- bad input: one clear line before anything is written ---
+
+BAD = """
+--teacher no/such/folder          | --teacher no/such/folder: no pipeline folder
+--teacher nobody/nothing          | --teacher nobody/nothing:
+--teacher flow_matching           | FlowMatchEulerDiscreteScheduler is not supported
+--teacher lcm                     | predicts epsilon and has a w embedding
+--teacher zero_snr                | predicts epsilon and has zero terminal SNR
+--teacher truncated               | cannot be loaded
+--data no/such/folder             | --data no/such/folder: no such folder
+--data no_images                  | has no images
+--recipe sd21                     | argument --recipe: invalid choice: 'sd21'
+--teacher_step 32                 | unrecognized arguments: --teacher_step
+--teacher_steps many              | argument --teacher_steps: many: must be a whole number > 0
+--teacher_steps 24                | --teacher_steps 24: must be --student_steps (2) times a power of two
+--teacher_steps 512               | --teacher_steps 512: must be --student_steps (2) times
+--p_forward nan                   | argument --p_forward: nan: must be in [0, 1]
+--p_forward 0.5 0.5 0.5           | --p_forward [0.5, 0.5, 0.5]: give one value, or one for each
+--forward_control --p_forward 1   | --forward_control: with --p_forward [1.0] there are no
+--reuse 0                         | argument --reuse: 0: must be > 0 and finite
+--warmup -1                       | argument --warmup: -1: must be a whole number >= 0
+--seed 3000000000                 | argument --seed: 3000000000: must be a whole number from 0 to 2^31 - 1
+--reflect 0                       | argument --reflect: 0: must be measured, none or a positive radius
+--guidance_range -1 2             | argument --guidance_range: -1: must be >= 0 and finite
+--guidance_range 6 2              | --guidance_range [6.0, 2.0]: must be LO HI
+--updates 8=1,2,3                 | argument --updates: 8=1,2,3: must read PHASE=U or PHASE=U,U
+--batch_size 3                    | --global_batch_size 4: must be a multiple of --batch_size 3
+--image_column picture            | --image_column picture: --data
+--resume                          | --resume: FOLDER holds no run
+--resume --overwrite              | --resume and --overwrite exclude each other
+"""
+
+
+def make_bad(name: str, folder) -> None:
+    """A teacher or data that cannot be used."""
+    if name == "no_images":
+        folder.mkdir()
+        return (folder / "train.jsonl").write_text('{"caption": "a"}\n' * 20)
+    save_teacher(folder, **{"time_cond_proj_dim": 256} if name == "lcm" else {})
+    if name == "flow_matching":
+        FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+        change_json(folder / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    elif name == "zero_snr":
+        change_json(folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    elif name == "truncated":
+        os.truncate(folder / "unet" / "diffusion_pytorch_model.safetensors", 1000)
+
+
+@pytest.mark.parametrize("flags, line", re.findall(r"(\S.*?) +\| (.*)", BAD))
+def test_bad_input_gets_one_line(flags, line, tmp_path, teacher_folder, data):
+    flag, name = flags.split()[0], flags.split()[-1]
+    if flag in ("--data", "--teacher") and "/" not in name:
+        make_bad(name, tmp_path / name)
+        flags = f"{flag} {tmp_path / name}"
+    message = refusal(*arguments("pd_ddil", teacher_folder, data, tmp_path / "run", *flags.split()))
+    assert line.replace("FOLDER", str(tmp_path / "run")) in message and not (tmp_path / "run").exists()
+
+
+def contents(folder) -> dict:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--resume --recipe sd15", "recipe: saved tiny, now sd15"), ("--resume --seed 1", "seed: saved 0, now 1"),
+    ("--resume --p_forward 1", "p_forward: saved [0.5], now [1.0]"), ("--resume --updates 8=3", "updates: saved"),
+    ("--resume --teacher OTHER", "teacher_weights: saved"), ("", "--resume goes on with its run, --overwrite deletes it"),
+    ("--overwrite --teacher no/such/folder", "no/such/folder"),
+])  # fmt: skip
+def test_another_run_leaves_the_folder_alone(flags, line, finished, tmp_path, teacher_folder, data):
+    folder = finished("pd_ddil")
+    if "OTHER" in flags:  # its weights are compared, not just its name
+        shutil.copytree(teacher_folder, tmp_path / "OTHER")
+        scale_weights(tmp_path / "OTHER", 1.01)
+    before, flags = contents(folder), flags.replace("OTHER", str(tmp_path / "OTHER")).split()
+    base = ["--output_dir", folder] if "--resume" in flags else arguments("pd_ddil", teacher_folder, data, folder)
+    assert line in refusal(*base, *flags) and contents(folder) == before
+    if "--resume" in flags:
+        launch(tmp_path / "log", "pd_ddil.py", "--resume", "--output_dir", folder, ranks=2)
+        assert "world_size: saved 1, now 2" in (tmp_path / "log").read_text() and contents(folder) == before
+
+
+def test_folder_that_is_no_run_is_never_deleted(tmp_path, teacher_folder, data):
+    (tmp_path / "chapter.txt").write_text("all there is")
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        assert str(tmp_path) in refusal(*arguments("pd_ddil", teacher_folder, data, tmp_path, *flags))
+    assert str(tmp_path / "chapter.txt") in refusal(
+        *arguments("pd_ddil", teacher_folder, data, tmp_path / "chapter.txt")
+    )
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["all there is"]
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--dry_run", ["phase gc", "1 processes x 4 x 1 accumulated = 4"]), ("--check_data", ["usable", "39"]),
+])  # fmt: skip
+def test_reports_write_no_run(flag, words, tmp_path, teacher_folder, data, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "003.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as end:
+        run_here(*arguments("pd_ddil", teacher_folder, tmp_path / "data", tmp_path / "run", flag))
+    assert end.value.code is None
+    out = capsys.readouterr().out
+    assert all(word in out for word in words)
+    assert {path.name for path in tmp_path.iterdir()} - {"run-data.png"} == {"data"}
+
+
+# --- README and the maps: words that must not outlive the code ---
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_s_two_commands(tmp_path):
+    """They are on its first screen, CI's, and run as printed: here with fewer updates and fewer prompts to evaluate."""
+    run, test = re.findall(r"^    (pip install .*)$", "\n".join(README.splitlines()[:20]), flags=re.MULTILINE)
+    assert f'command="{test}"' in (ROOT / ".ci/run").read_text() and test.endswith("&& pytest")
+    command, *flags = shlex.split(run.partition(" && accelerate launch ")[2])
+    launcher = ["-m", "accelerate.commands.launch"]
+    fewer = [
+        "--max_updates",
+        1,
+        "--reflect",
+        "none",
+        "--global_batch_size",
+        8,
+        "--eval_prompts",
+        4,
+        "--teacher_steps",
+        8,
+        "--no-cache_latents",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    process = run_script(*flags, *fewer, script=command, launcher=launcher)
+    assert process.returncode == 0 and "done:" in process.stdout, process.stderr
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(snippet.replace("runs/pd_ddil-tiny", str(tmp_path / "run")), names := {})
+    assert names["image"].size == (32, 32)
+
+
+def test_commands_flags_files_and_readings_of_readme_exist(capsys):
+    known = set()
+    for script in (*FLAGS, "evaluate"):
+        module = importlib.import_module(script)
+        with pytest.raises(SystemExit):
+            module.parse_args(["--help"])
+        flags = set(re.findall(r"--\w+", capsys.readouterr().out.partition("\noptions:")[2]))  # after the docstring
+        known |= flags | {flag.replace("--no-", "--") for flag in flags}
+        assert set(re.findall(r"(?<![\w-])--\w+", re.sub(r"accelerate launch .*", "", module.__doc__))) <= flags, script
+        commands = re.findall(rf"^accelerate launch .*?{script}\.py(.*?)(?:  #.*)?$", README, flags=re.MULTILINE)
+        assert len(commands) > 2
+        for command in commands:
+            module.parse_args(shlex.split(command))
+    text = re.sub(r"accelerate launch .*?(_ddil|evaluate)\.py|bf16 is accelerate's", "", README)
+    assert set(re.findall(r"(?<![\w-])--\w+", text)) <= known
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    files = re.findall(r"^\| `(\w+[./]\w+)` \|", README, flags=re.MULTILINE)
+    assert links and files and all((ROOT / name).exists() for name in links + files)
+    code = "".join((ROOT / f"{name}.py").read_text() for name in ("common", "evaluate", *FLAGS))
+    assert {*re.findall(r"\[D(\d+)\]", code)} <= {*re.findall(r"^\| D(\d+) \|", README, flags=re.MULTILINE)}
+
+
+@pytest.mark.parametrize("script", [*FLAGS, "evaluate"])
+def test_map_of_the_paper_names_what_exists(script):
+    rows = importlib.import_module(script).__doc__.partition("paper   ")[2].partition("\n\n")[0].splitlines()[1:]
+    assert 5 < len(rows) <= 15
+    for symbol in (name for row in rows for name in re.split(r", | in ", re.split(r"\s{2,}", row.strip())[-1])):
+        found, parts = importlib.import_module("common" if symbol.startswith("common.") else script), symbol.split(".")
+        for part in parts[parts[0] == "common" :]:
+            assert hasattr(found, part), symbol
+            found = getattr(found, part)
