@@ -186,7 +186,7 @@ def select(cond: dict, rows: Tensor) -> dict:
 def teacher_rollout(
     schedule: NoiseSchedule, teacher: Model, z: Tensor, timesteps: Sequence[int], cond: dict, support: Support = None
 ) -> list[Tensor]:
-    """DDIM through `timesteps` (from z at timesteps[0]); returns the state at each of them (Alg. 1 line 4)."""
+    """DDIM through `timesteps` (from z at timesteps[0]); returns the state at each of them (Alg. 1 line 4, Alg. 2 line 4)."""
     states = [z]
     for t, s in pairwise(timesteps):
         t, s = (torch.full((len(z),), i, device=z.device) for i in (t, s))  # [B]
@@ -197,7 +197,7 @@ def teacher_rollout(
 def student_rollout(
     schedule: NoiseSchedule, student: Model, z: Tensor, timesteps: Sequence[int], cond: dict
 ) -> list[Tensor]:
-    """The student's own trajectory (Alg. 1 line 5): DDIM as at inference, and so never reflected [D15]."""
+    """The same of a student (Alg. 2 line 3): DDIM as at inference, and so never reflected [D15]."""
     return teacher_rollout(schedule, student, z, timesteps, cond)
 
 
@@ -225,14 +225,14 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     """
     states, landings, moves = [z], {}, []
     rates = torch.as_tensor(student_rate, device=generator.device).expand(len(z), len(student_grid) - 1)
-    for j, (t, s) in enumerate(pairwise(student_grid)):
-        path = teacher_grid[teacher_grid.index(t) : teacher_grid.index(s) + 1]  # t -> m -> s
+    for j, (t, s) in enumerate(pairwise(student_grid)):  # Alg. 2 line 2
+        path = teacher_grid[teacher_grid.index(t) : teacher_grid.index(s) + 1]  # t -> m -> s, Alg. 3 line 7
         stop = query is not None and j >= max(query, default=0)
         # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition
         student_moves = (torch.rand(len(z), generator=generator, device=generator.device) < rates[:, j]).to(z.device)
         asked = torch.ones_like(student_moves) if query is not None and j in query else ~student_moves
         z_s = torch.empty_like(z)
-        if asked.any():  # Alg. 2 line 4; also the target of a state that is stored [D17]
+        if asked.any():  # Alg. 2 line 4; also the target of a state that is stored, Alg. 3 line 8 [D17]
             z_s[asked] = teacher_rollout(schedule, teacher, z[asked], path, select(cond, asked), support)[-1]
         if query is not None and j in query:
             landings[j] = z_s.clone()
@@ -261,7 +261,7 @@ def consistency_function(
 def consistency_rollout(
     schedule: NoiseSchedule, student: Model, z: Tensor, timesteps: Sequence[int], cond: dict, generator: torch.Generator
 ) -> list[Tensor]:
-    """Multistep consistency sampling, what LCMScheduler does: estimate x, noise it again to the next timestep.
+    """Multistep consistency sampling, what LCMScheduler does (Alg. 1 line 5): estimate x, noise it again to the next timestep.
 
     Returns the state at each of `timesteps` (from z at timesteps[0]); at CLEAN it is the estimate itself.
     """
@@ -280,7 +280,7 @@ def consistency_rollout(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class SamplingPrior:  # DDIL: Alg. 1 lines 2-5, App. A
+class SamplingPrior:  # DDIL: chooses among Alg. 1 lines 3-5, App. A
     """Where z_t comes from: a categorical distribution over sources [D3], given for each part of training (App. A).
 
     SamplingPrior(generator, forward=(.75, .5), dagger=(.25, .5)). Every rank seeds this generator alike and draws from
@@ -294,7 +294,7 @@ class SamplingPrior:  # DDIL: Alg. 1 lines 2-5, App. A
                 raise ValueError(f"sampling priors {self.priors}: part {part} must be >= 0 and sum to 1, got {row}")
 
     def draw(self, part: int) -> str:
-        """One source for the whole mini-batch, on all ranks."""
+        """One source for the whole mini-batch, on all ranks; before Alg. 1 line 1, as T_s depends on it [D4]."""
         row = {source: values[part] for source, values in self.priors.items()}
         p = torch.rand((), generator=self.generator, dtype=torch.float64).item()  # Alg. 1 line 2
         for source, upper in zip(row, accumulate(row.values())):  # Alg. 1 lines 3-5, cumulative thresholds
@@ -477,6 +477,12 @@ def load_pipeline(name: str, flag: str = "--teacher"):
     return pipe
 
 
+def refuse_zero_snr(pipe, flag: str, name: str) -> None:
+    """SystemExit for a network whose eps at 999 says nothing of x: alpha is 0 there."""
+    if pipe.scheduler.config.prediction_type == "epsilon" and load_schedule(pipe).alpha.min() == 0:
+        raise SystemExit(f"{flag} {name}: predicts epsilon and has zero terminal SNR; that needs v-prediction")
+
+
 def betas_of(pipe) -> dict:
     """The part of a scheduler's config that says what the noise is, and nothing of how it samples."""
     names = [
@@ -504,6 +510,14 @@ def dpm_solver(pipe, prediction_type: str, order: int):
     grid = {"timestep_spacing": "linspace", "final_sigmas_type": "zero", "steps_offset": 1}  # which linspace ignores
     kind = {"algorithm_type": "dpmsolver++", "solver_order": order, "prediction_type": prediction_type}
     return DPMSolverMultistepScheduler(**betas_of(pipe), **kind, **grid)
+
+
+def lcm_scheduler(pipe, solver_steps: int):
+    """LCM's and DMD2's sampler in stock diffusers: its timesteps, of any number, are points of so many trailing ones."""
+    from diffusers import LCMScheduler
+
+    grid = {"original_inference_steps": solver_steps, "clip_sample": False, "steps_offset": 1}
+    return LCMScheduler(**betas_of(pipe), prediction_type=pipe.scheduler.config.prediction_type, **grid)
 
 
 def text_encoders(pipe) -> list:
@@ -1374,8 +1388,8 @@ class Run:
         args.batch_size = args.batch_size or max(1, args.global_batch_size // self.n_ranks)
         self.accumulation, rest = divmod(args.global_batch_size, args.batch_size * self.n_ranks)
         if rest or not self.accumulation:
-            share = f"--batch_size {args.batch_size} times {self.n_ranks} process(es)"
-            raise SystemExit(f"--global_batch_size {args.global_batch_size}: must be a multiple of {share}")
+            unit = f"--batch_size {args.batch_size} times {self.n_ranks} process(es)"
+            raise SystemExit(f"--global_batch_size {args.global_batch_size}: must be a multiple of {unit}")
         self.accelerator.gradient_accumulation_steps = self.accumulation
         if self.accelerator.is_main_process and not (args.dry_run or args.check_data):
             check_output_dir(args)
@@ -1420,7 +1434,7 @@ class Run:
         self.metrics = Metrics(self.out / "metrics.csv", labels, columns, device)
         bins = sorted(int(c.removeprefix("loss_t")) for c in columns if c.removeprefix("loss_t").isdigit())
         self.t_columns, self.t_bins = [f"loss_t{t}" for t in bins], torch.tensor(bins, device=device)
-        self.labels, self.stop, self.drawn = {}, StopRequest(), None
+        self.labels, self.stop, self.leaving, self.drawn = {}, StopRequest(), False, None
         self.progress = {"phase": 0, "loop": None, "update": 0, "total": 0, "forwards": 0.0, "rows": 0}
 
         prints = {id(network): fingerprint(network) for network in networks.values()}
@@ -1499,6 +1513,8 @@ class Run:
 
     def whole_network(self, trained: Trained):
         """The UNet without its engine, to be saved; where it is sharded, a copy that is whole on the first rank."""
+        if self.checkpoint:
+            raise SystemExit(f"--resume: {self.checkpoint} was made in a loop that this script does not have")
         network = self.accelerator.unwrap_model(trained.network, keep_fp32_wrapper=False)
         if not self.accelerator.is_fsdp2:
             return network
@@ -1555,8 +1571,6 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.trained = {}
         self.accelerator.free_memory()
-        for thing in self.kept.values():
-            thing.clear()
         self.progress |= {"phase": self.progress["phase"] + 1, "loop": None, "update": 0}
         self.save()
 
@@ -1568,6 +1582,8 @@ class Run:
         from tqdm import tqdm
 
         start = self.enter(loop)
+        if start < n and self.leaving:
+            self.leave()
         if start == 0:
             self.draw(sample)
         bar = tqdm(initial=start, total=n, desc=loop, disable=self.rank != 0 or start >= n, dynamic_ncols=True)
@@ -1587,17 +1603,22 @@ class Run:
             if total % self.args.log_every == 0 or is_last:
                 self.log(loop, n, rate, time.time() - clock)
                 clock = time.time()
-            stop, due = self.stop.agreed(self.accelerator), total % self.args.save_every == 0 or is_last
-            if stop or due:
-                self.save()
+            due, stop = total % self.args.save_every == 0 or is_last, self.stop.agreed(self.accelerator)
             if due:
-                self.draw(sample)
+                self.draw(sample)  # before the checkpoint, or a kill between the two would lose it
+            if due or stop:
+                self.save()
+            self.leaving = stop  # asked at a loop's last update: before the next loop, if there is one
             if stop and not is_last:
                 bar.close()
-                self.print(f"stopped after update {total}: saved; --resume goes on")
-                self.accelerator.end_training()
-                raise SystemExit
+                self.leave()
         bar.close()
+
+    def leave(self) -> None:
+        """The end of a run that was asked to stop, after a checkpoint."""
+        self.print(f"stopped after update {self.progress['total']}: saved; --resume goes on")
+        self.accelerator.end_training()
+        raise SystemExit
 
     def draw(self, sample: Callable[[], None]) -> None:
         """A sample grid, unless one of these weights was drawn already."""
@@ -1684,6 +1705,7 @@ class Run:
         for name, state in self.network_states():  # all ranks must ask
             if is_main:
                 torch.save(state, temporary / f"{name}.pt")
+            del state  # or it would stay in memory beside the next one
         self.accelerator.wait_for_everyone()
         torch.save(self.rank_state(), temporary / f"rank-{self.rank}.pt")
         self.accelerator.wait_for_everyone()

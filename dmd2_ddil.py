@@ -39,7 +39,7 @@ from common import CLEAN, NoiseSchedule, any_timesteps, eps_from_v, forward_stat
 from common import Support, moved_fraction, reflect
 from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout
 from common import SamplingPrior
-from common import UNetModel, betas_of, load_pipeline, load_schedule, with_guidance
+from common import UNetModel, betas_of, lcm_scheduler, load_pipeline, load_schedule, refuse_zero_snr, with_guidance
 from common import Run, Trained, add_prior_flags, flag_parser, non_negative, part_of, positive, positive_int, priors_of
 from common import resolve, save_pipeline, seed_of
 # isort: on
@@ -280,17 +280,9 @@ def judge_of(network: UNetModel) -> Judge:
     return judge
 
 
-def sampler_of(pipe, student_steps: int):
-    """The sampler that the saved student carries: with as many solver steps as the student's, LCMScheduler's timesteps are ours."""
-    from diffusers import LCMScheduler
-
-    grid = {"original_inference_steps": student_steps, "clip_sample": False, "steps_offset": 1}
-    return LCMScheduler(**betas_of(pipe), prediction_type=pipe.scheduler.config.prediction_type, **grid)
-
-
 def check_sampler(pipe, timesteps: list[int]) -> None:
     """The stock sampler must visit the very timesteps that are trained."""
-    sampler = sampler_of(pipe, len(timesteps))
+    sampler = lcm_scheduler(pipe, len(timesteps))
     sampler.set_timesteps(len(timesteps))
     if sampler.timesteps.tolist() != timesteps:
         raise SystemExit(
@@ -308,8 +300,7 @@ def check_fit(teacher, pipe, flag: str, name: str) -> None:
     if not torch.equal(load_schedule(teacher).alpha, load_schedule(pipe).alpha):
         differs = ", ".join(what for what in ours | theirs if ours.get(what) != theirs.get(what))
         raise SystemExit(f"{flag} {name}: its noise schedule differs from the teacher's in {differs}")
-    if load_schedule(pipe).alpha.min() == 0 and pipe.scheduler.config.prediction_type == "epsilon":
-        raise SystemExit(f"{flag} {name}: predicts epsilon and has zero terminal SNR; that needs v-prediction")
+    refuse_zero_snr(pipe, flag, name)
 
 
 def load_pipes(run: Run) -> dict:
@@ -323,10 +314,7 @@ def load_pipes(run: Run) -> dict:
             check_fit(run.pipe, loaded[path], f"--{flag}", path)
             loaded[path].vae = loaded[path].text_encoder = loaded[path].text_encoder_2 = None
     student, fake = args.student_init or args.teacher, args.fake_init or args.teacher
-    if run.predicts == "epsilon" and run.schedule.alpha.min() == 0:
-        raise SystemExit(
-            f"--teacher {args.teacher}: predicts epsilon and has zero terminal SNR; that needs v-prediction"
-        )
+    refuse_zero_snr(run.pipe, "--teacher", args.teacher)
     if args.gan_weight and loaded[fake].unet.mid_block is None:
         raise SystemExit(f"--fake_init {fake}: its UNet has no mid block, which the GAN looks at; take --gan_weight 0")
     return {"teacher": run.pipe, "student": loaded[student], "fake": loaded[fake]}
@@ -479,7 +467,7 @@ def main(argv=None) -> None:
     schedule, noise = run.schedule, run.noise
     scores = nets.real, nets.still_fake, nets.still_judge
     gan_cost = ENCODER if args.gan_weight else 0
-    prior = SamplingPrior(run.shared, **priors)  # DDIL: Alg. 1 lines 2-5
+    prior = SamplingPrior(run.shared, **priors)  # DDIL: [D19]
     for update in run.updates("dmd2", n, args.learning_rate, sampling_of(run, nets, grids), args.lr_decay):
         part = part_of(update, n, len(priors["forward"]))
         for i in range(args.fake_updates):  # of the critic; the first one also updates the student
@@ -490,8 +478,7 @@ def main(argv=None) -> None:
             origin = movers[-1] if movers else "noise"  # whose states these are, for the metrics
             for _ in run.minibatches(nets.student if trains_student else None):
                 x, cond = data_batch(run, need_images=source == "forward" or args.gan_weight > 0)
-                # Alg. 1 lines 3-5
-                z_t, t = student_states(run, nets.rolling, nets.real, grids, source, movers, x, cond)
+                z_t, t = student_states(run, nets.rolling, nets.real, grids, source, movers, x, cond)  # lines 3-5
                 with torch.set_grad_enabled(trains_student):
                     x_hat = consistency_function(schedule, nets.model if trains_student else nets.rolling, z_t, t, cond)
                     x_g = reflect_value(x_hat, run.support)
@@ -514,7 +501,7 @@ def main(argv=None) -> None:
 
     final = run.whole_network(nets.student)
     if run.accelerator.is_main_process:
-        save_pipeline(run.out / "pipeline", run.pipe, final, sampler_of(pipes["student"], args.student_steps))
+        save_pipeline(run.out / "pipeline", run.pipe, final, lcm_scheduler(pipes["student"], args.student_steps))
     w = args.guidance_scale if final.config.time_cond_proj_dim is not None else 1.0
     run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {w}")
 

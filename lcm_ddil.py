@@ -34,7 +34,7 @@ from common import CLEAN, NoiseSchedule, forward_states, timestep_grid
 from common import Support, ddim_step
 from common import Model, consistency_function, consistency_rollout, select, student_rollout, teacher_rollout
 from common import SamplingPrior
-from common import betas_of, drop_prompts, load_pipeline, with_guidance, with_w_embedding
+from common import drop_prompts, lcm_scheduler, load_pipeline, refuse_zero_snr, with_guidance, with_w_embedding
 from common import (
     Run,
     Trained,
@@ -164,23 +164,15 @@ def rollout_batch(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def sampler_of(pipe, teacher_steps: int):
-    """The sampler that the saved student carries: with the solver grid as its own, whatever the number of steps."""
-    from diffusers import LCMScheduler
-
-    grid = {"original_inference_steps": teacher_steps, "clip_sample": False, "steps_offset": 1}
-    return LCMScheduler(**betas_of(pipe), prediction_type=pipe.scheduler.config.prediction_type, **grid)
-
-
 def check_sampler(pipe, args, solver_grid: list[int]) -> None:
     """Every timestep of the stock sampler must be a point of the solver grid, or nothing was learned there."""
     for n in {args.student_steps, *args.rollout_steps}:
-        sampler = sampler_of(pipe, args.teacher_steps)
+        sampler = lcm_scheduler(pipe, args.teacher_steps)
         sampler.set_timesteps(n)
         off = sorted(set(sampler.timesteps.tolist()) - set(solver_grid))
         if off:
-            raise SystemExit(f"--teacher_steps {args.teacher_steps}: LCMScheduler's timesteps {off} of {n} steps are not on the solver "
-                             "grid")  # fmt: skip
+            what = f"LCMScheduler's timesteps {off} of {n} steps are not on the solver grid"
+            raise SystemExit(f"--teacher_steps {args.teacher_steps}: {what}")
 
 
 def add_lora(unet, rank: int):
@@ -216,7 +208,7 @@ def save_student(run: Run, unet) -> None:
         run.pipe.fuse_lora()
         run.pipe.unload_lora_weights()
         unet = run.pipe.unet
-    save_pipeline(run.out / "pipeline", run.pipe, unet, sampler_of(run.pipe, run.args.teacher_steps))
+    save_pipeline(run.out / "pipeline", run.pipe, unet, lcm_scheduler(run.pipe, run.args.teacher_steps))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -282,8 +274,7 @@ def check_run(run: Run, grid: list[int]) -> None:
         raise SystemExit(f"{teacher}: is an LCM already ({sampler}); give the model it is from")
     if args.lora_rank and run.pipe.unet.config.time_cond_proj_dim is not None:
         raise SystemExit(f"--lora_rank {args.lora_rank}: {teacher} takes w, for which a LoRA has no input")
-    if run.predicts == "epsilon" and run.schedule.alpha.min() == 0:
-        raise SystemExit(f"{teacher}: predicts epsilon and has zero terminal SNR; that needs v-prediction")
+    refuse_zero_snr(run.pipe, "--teacher", args.teacher)
     check_sampler(run.pipe, args, grid)
     if max(priors_of(args)["forward"]) == 0 and not args.store_start:
         run.print("warning: nothing is trained at 999, where sampling starts: add --store_start, or some --p_forward")
@@ -340,7 +331,7 @@ def main(argv=None) -> None:
         run.save_grid(rows | {f"student, {len(few)} steps": student_row()})
 
     priors = priors_of(args)
-    prior = SamplingPrior(run.shared, **priors)  # DDIL: Alg. 1 lines 2-5
+    prior = SamplingPrior(run.shared, **priors)  # DDIL: App. A
     for update in run.updates("lcm", n, args.learning_rate, sample):
         part = part_of(update, n, len(priors["forward"]))
         source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the mini-batch, the same on all ranks

@@ -14,7 +14,7 @@ paper                                            code
   Alg. 2    mixed trajectories -> D_DAgger         collect, common.mixed_rollout, common.TrajectoryBuffer
   Alg. 3    lines 1, 2, 12: stages                 main, plan_phases, open_phase, halve
   Alg. 3    lines 3, 11: updates, D_DAgger anew    halve, dagger_batch
-  Alg. 3    lines 7, 8: the teacher's two steps    teacher_landing
+  Alg. 3    lines 7, 8: the teacher's two steps    forward_batch, teacher_landing, common.mixed_rollout
   Alg. 3    lines 6, 9, 10 and Eq. 3: the loss     pd_step
   sec. 4.1  reflected distillation [D15]           common.reflect, common.ddim_step
   App. A    priors and schedule, two parts         RECIPES, plan_phases
@@ -162,7 +162,7 @@ def dagger_batch(
     batch_size, now = run.args.batch_size, run.progress["total"]
     while dagger.credit < batch_size:  # Alg. 3 line 11
         rows = collect(run, teacher, student, tau.tolist(), student_rate)
-        dagger.add(**rows, born=torch.full_like(rows["w"], now))
+        dagger.add(**rows, born=torch.full_like(rows["w"], now))  # Alg. 2 line 6
         dagger.credit += len(rows["w"]) * run.args.reuse
     dagger.credit -= batch_size
     rows = dagger.sample(batch_size, run.noise)
@@ -183,7 +183,7 @@ def collect(run: Run, teacher: Model, student: Model, tau: list[int], student_ra
     )
     run.note({"student_moves": torch.cat(moves).float() if moves else torch.zeros(0)})
     n, k = len(ids), len(stored)
-    return {  # Alg. 2 line 6; trajectory by trajectory, so that a full buffer lets go of the oldest ones whole
+    return {  # trajectory by trajectory, so that a full buffer lets go of the oldest ones whole
         "z_t": torch.stack([states[j] for j in stored], dim=1).flatten(0, 1),
         "z_s": torch.stack([landings[j] for j in stored], dim=1).flatten(0, 1),
         "j": torch.tensor(stored, device=z.device).repeat(n),
@@ -424,6 +424,7 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
             run.labels = {"phase": phase.name, "part": part + 1, "buffer_size": len(dagger)}
     evaluation.report(rolling, steps)
     final = run.whole_network(student)
+    dagger.clear()  # its grid and models change with the stage [D16]
     run.finish(lambda: save_pipeline(out, run.pipe, final, sampler_of(run.pipe)))  # Alg. 3 line 12: the next teacher
 
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 
 CACHE = tempfile.TemporaryDirectory(prefix="ddil-tests-", ignore_cleanup_errors=True)
@@ -85,18 +84,6 @@ def scale_weights(pipeline: Path, factor: float) -> None:
 
 def change_json(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def interrupt(script: str, folder: Path, number: signal.Signals, after_update: int, *flags) -> subprocess.Popen:
-    """Starts a run in `folder` and signals it as soon as it has saved `after_update`."""
-    command, pipe, saved = [sys.executable, str(ROOT / script), *map(str, flags)], subprocess.PIPE, 0
-    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-    while process.poll() is None and saved < after_update:
-        time.sleep(0.005)
-        saved = max((int(path.name.rstrip("+")) for path in (folder / "checkpoints").glob("[0-9]*")), default=0)
-    process.send_signal(number)
-    process.out, process.err = process.communicate(timeout=300)
-    return process
 
 
 def tiny_unet(cross_attention_dim: int = 16, **config):

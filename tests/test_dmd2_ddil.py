@@ -14,10 +14,11 @@ from torch.distributions import Normal, kl_divergence
 
 import dmd2_ddil
 from common import LatentData, NoiseSchedule, PromptEncoder, Run, SamplingPrior, UNetModel, add_noise, betas_of
+from common import lcm_scheduler
 from common import consistency_function, forward_states, last_checkpoint, load_images, load_pipeline, load_schedule
 from common import load_state, noise_of, priors_of, seed_of, timestep_grid, with_guidance
 from dmd2_ddil import Critic, GANHead, critic_step, draw_movers, draw_transitions, make_head, matching_gradient
-from dmd2_ddil import parse_args, reflect_value, sampler_of, student_states, student_step
+from dmd2_ddil import parse_args, reflect_value, student_states, student_step
 
 SD = NoiseSchedule.from_alphas_cumprod(DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
 SCHEDULE = NoiseSchedule(SD.alpha.double(), (1 - SD.alpha.double() ** 2).sqrt())  # for identities
@@ -158,7 +159,7 @@ def test_states_are_those_of_diffusers_schedulers(movers, opened):
     z_t, t = student_states(run, nets.rolling, nets.real, grids, [*movers, "forward"][0], movers, x, cond)
     noise.set_state(state)
     z = torch.randn(4, 4, 8, 8, generator=noise)
-    lcm, ddim = sampler_of(run.pipe, 4), DDIMScheduler(**betas_of(run.pipe), clip_sample_range=0.5)
+    lcm, ddim = lcm_scheduler(run.pipe, 4), DDIMScheduler(**betas_of(run.pipe), clip_sample_range=0.5)
     lcm.set_timesteps(4)
     ddim.set_timesteps(20)
     for t_i, s_i, mover in zip(T, T[1:], movers):

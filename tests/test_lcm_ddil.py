@@ -12,9 +12,10 @@ from toys import stock_latents
 
 import lcm_ddil
 from common import CLEAN, LatentData, PromptEncoder, Run, SamplingPrior, StopRequest, UNetModel, add_noise, betas_of
+from common import lcm_scheduler
 from common import consistency_function, ddim_step, load_images, load_pipeline, load_schedule, part_of, priors_of
 from common import rotation, seed_of, select, timestep_grid, with_guidance, with_w_embedding
-from lcm_ddil import consistency_step, draw_cond, draw_stop, networks_of, parse_args, rollout_batch, sampler_of
+from lcm_ddil import consistency_step, draw_cond, draw_stop, networks_of, parse_args, rollout_batch
 from lcm_ddil import sampler_timesteps
 
 GRID = timestep_grid(50, "trailing")
@@ -96,7 +97,7 @@ def test_states_are_those_of_diffusers_schedulers(source, tmp_path, teacher_fold
     three to five steps of the student's, but at the start only if asked for [D12]."""
     run = open_run(lcm_ddil, f"{paths(tmp_path, teacher_folder, data_folder)} {FLAGS} --reflect 0.5")
     (trained, _, teacher), stops = networks_of(run), noting(monkeypatch, lcm_ddil, "draw_stop")
-    student, noise, lcm = run.model(trained.plain), torch.Generator(), sampler_of(run.pipe, 50)
+    student, noise, lcm = run.model(trained.plain), torch.Generator(), lcm_scheduler(run.pipe, 50)
     ddim = DDIMScheduler(**betas_of(run.pipe), clip_sample_range=0.5)
     ddim.set_timesteps(50)
     for _ in range(3):
