@@ -13,19 +13,22 @@ import argparse
 import csv
 import gc
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from weakref import WeakSet
@@ -460,8 +463,9 @@ def open_pipeline(name: str, flag: str):
     return pipe
 
 
-def load_pipeline(name: str, flag: str = "--teacher"):
-    """A Stable Diffusion 1.x / 2.x or SDXL-family pipeline that we can distil; SystemExit with the reason if it is none."""
+def load_pipeline(name: str, flag: str = "--teacher", resolution: Sequence[int] | None = None):
+    """A Stable Diffusion 1.x / 2.x or SDXL-family pipeline that we can distil; SystemExit with the reason if it is none.
+    `resolution`: height and width of its images, or one number for both, if not the UNet's own."""
     pipe = open_pipeline(name, flag)
     kind, config, unet = type(pipe).__name__, pipe.scheduler.config, pipe.unet.config if hasattr(pipe, "unet") else None
     if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
@@ -474,6 +478,17 @@ def load_pipeline(name: str, flag: str = "--teacher"):
     is_plain = unet.in_channels == unet.out_channels == pipe.vae.config.latent_channels
     if not is_plain or unet.class_embed_type or unet.encoder_hid_dim_type:
         raise SystemExit(f"{flag} {name}: its UNet is for inpainting or images, not for text alone: not supported")
+    for part in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")[: 4 if "XL" in kind else 2]:
+        if getattr(pipe, part, None) is None or getattr(getattr(pipe, part), "model_max_length", 0) > 10**6:
+            raise SystemExit(f"{flag} {name}: lacks its {part}; {kind} needs one")
+    for setting in ("latents_mean", "shift_factor"):
+        if pipe.vae.config.get(setting):
+            raise SystemExit(
+                f"{flag} {name}: its VAE has a {setting}: latents that are not scaled alone: not supported"
+            )
+    if resolution:
+        height, width = (n // pipe.vae_scale_factor for n in (resolution[0], resolution[-1]))
+        pipe.unet.register_to_config(sample_size=height if height == width else [height, width])
     return pipe
 
 
@@ -525,8 +540,15 @@ def text_encoders(pipe) -> list:
 
 
 def latent_shape(pipe) -> tuple[int, int, int]:
+    """Channels, height and width of latents: what is trained and sampled."""
     size = pipe.unet.config.sample_size
     return (pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
+def image_shape(pipe) -> tuple[int, int]:
+    """Height and width of images in pixels."""
+    _, height, width = latent_shape(pipe)
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
 
 class PromptEncoder:
@@ -537,7 +559,7 @@ class PromptEncoder:
         self.tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
         self.xl = hasattr(pipe, "text_encoder_2")
         self.zero_null = pipe.config.get("force_zeros_for_empty_prompt", False)
-        height, width = (n * pipe.vae_scale_factor for n in latent_shape(pipe)[1:])
+        height, width = image_shape(pipe)
         self.time_ids = [height, width, 0, 0, height, width]  # SDXL: original size, crop corner, target size
         self.memo, self.memo_size = {}, memo  # embeddings of recent prompts: small data sets are encoded just once
 
@@ -588,247 +610,449 @@ class PromptEncoder:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Data
+# 6. Data: rows (image, caption) from wherever they are; one stream of batches, exact under resume
 # ----------------------------------------------------------------------------------------------------------------------
 
 HELD_OUT = 256  # captions, where the data have no test split
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGE_COLUMNS = ("image", "img", *IMAGE_KINDS, "bytes", "image_bytes", "file_name", "image_path", "path", "file")
+CAPTION_COLUMNS = ("caption", "text", "txt", "prompt")
+TABLES = {"parquet": "parquet", "jsonl": "json", "csv": "csv"}  # kinds of file: the library's readers
 
 
-def load_images(
-    name: str,
-    flag: str = "--data",
-    need_images: bool = True,
-    need_captions: bool = True,
-    streaming: bool = False,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-):
-    """(training set, held-out captions): Hugging Face datasets with columns image and caption, from anything that
-    `datasets.load_dataset` reads: a folder (parquet, imagefolder with metadata.jsonl, webdataset tars) or a hub name.
-    Held out are the captions of the test / validation split; without one, of 256 rows, then not trained on.
-    Where no images are needed, a text file of prompts does too. Streamed, nothing is copied and the rows come in order."""
+def column_of(names: Iterable[str], usual: Sequence[str]) -> str | None:
+    """The first usual name that is there, in any case."""
+    there = {name.lower(): name for name in reversed([*names])}
+    return next((there[name] for name in usual if name in there), None)
+
+
+def tar_rows(tars: list[str], caption: str | None, version: str):
+    """Rows of tars whose members are grouped by name (0001.jpg, 0001.txt, 0001.json), as img2dataset and webdataset
+    write them; the caption from text, else from json. `version` only names the contents, for the library's cache."""
+    import tarfile
+
+    def row(sample: dict[str, bytes]) -> dict:
+        try:
+            fields = json.loads(sample.get("json", b"{}"))
+            fields = fields if isinstance(fields, dict) else {}
+        except ValueError:
+            fields = {}
+        fields |= {kind: text.decode("utf-8", "replace") for kind, text in sample.items() if kind in ("txt", "caption")}
+        text = fields.get(caption or column_of(fields, ("txt", *CAPTION_COLUMNS)))
+        return {"image": next((sample[k] for k in IMAGE_KINDS if k in sample), None), "caption": text and str(text)}
+
+    for file in tars:
+        key, sample = None, {}
+        try:
+            with tarfile.open(file) as tar:
+                for member in filter(tarfile.TarInfo.isfile, tar):  # read, and never written anywhere
+                    folder, _, name = member.name.rpartition("/")
+                    start, kind = (folder, name.partition(".")[0]), name.rpartition(".")[2].lower()
+                    if sample and (start != key or kind in sample):
+                        yield row(sample)
+                        sample = {}
+                    key = start
+                    if kind in (*IMAGE_KINDS, "txt", "caption", "json"):
+                        sample[kind] = tar.extractfile(member).read()
+        except (tarfile.TarError, OSError, EOFError) as error:
+            print(f"warning: --data {file}: is cut short or no tar ({error})", file=sys.stderr, flush=True)
+        if sample:
+            yield row(sample)
+
+
+def read_tars(files: list[Path], streaming: bool, caption: str | None):
+    import datasets
+
+    features = datasets.Features(image=datasets.Value("large_binary"), caption=datasets.Value("string"))
+    version = repr([(file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    settings = {"tars": [*map(str, files)], "caption": caption, "version": version}
+    kind = datasets.IterableDataset if streaming else datasets.Dataset
+    return kind.from_generator(tar_rows, features=features, gen_kwargs=settings)
+
+
+def read_images(files: list[Path], streaming: bool, caption: str | None):
+    """Image files with a text of the same name beside each (.txt, .caption), or with none."""
+    import datasets
+
+    def text(file: Path) -> str | None:
+        beside = [file.with_suffix(end) for end in (".txt", ".caption") if file.with_suffix(end).is_file()]
+        return beside[0].read_text(encoding="utf-8", errors="replace") if beside else None
+
+    columns = {"image": [*map(str, files)], "caption": [text(file) for file in files]}
+    features = datasets.Features(image=datasets.Value("string"), caption=datasets.Value("string"))
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
+
+
+def read_tables(files: list[Path], streaming: bool, caption: str | None):
+    """Tables with images, or with the paths of image files beside them."""
+    import datasets
+
+    groups = {}
+    for file in files:
+        groups.setdefault((file.parent, TABLES[file.suffix[1:].lower()]), []).append(str(file))
+    parts = []
+    for (folder, kind), group in groups.items():
+        rows = datasets.load_dataset(kind, data_files=group, split="train", streaming=streaming)
+        features = rows.features or rows._resolve_features().features
+        path = column_of(features, IMAGE_COLUMNS)
+        if path and getattr(features[path], "dtype", "").endswith("string"):
+            rows = rows.map(
+                lambda row, path=path, at=folder: {path: row[path] and str(at / row[path])}, features=features
+            )
+        parts.append(rows)
+    return datasets.concatenate_datasets(parts)
+
+
+def read_prompts(files: list[Path], streaming: bool, caption: str | None):
+    """Text files of prompts, one a line."""
+    import datasets
+
+    lines = [line for file in files for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    rows = datasets.Dataset.from_dict({"caption": [line for line in lines if line.strip()]})
+    return rows.to_iterable_dataset(num_shards=1) if streaming else rows
+
+
+def read_path(path: Path, what: str, streaming: bool, caption: str | None) -> tuple[dict, str]:
+    """({"train": rows, "test": rows, if there are}, what was read and what was not) of a file or folder. A file is of the
+    test split where its name, or a folder's below `path`, says test, validation, valid or val."""
+    import datasets
+
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        splits = {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
+        return {
+            name: rows.to_iterable_dataset(min(64, len(rows))) if streaming else rows for name, rows in splits.items()
+        }, "save_to_disk"
+    names = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    files = {}
+    for file in names:
+        if not any(part.startswith(".") for part in file.relative_to(path).parts):
+            files.setdefault(file.suffix[1:].lower(), []).append(file)
+    of = lambda kinds: sorted(file for kind in kinds for file in files.get(kind, []))
+    readers = ((read_tars, ["tar"]), (read_tables, TABLES), (read_images, IMAGE_KINDS), (read_prompts, ["txt"]))
+    found = next(((reader, kinds) for reader, kinds in readers if of(kinds)), None)
+    counts = lambda kinds: ", ".join(f"{len(files[kind])} .{kind}" for kind in kinds if kind in files) or "nothing"
+    if not found:
+        wanted = "tars, tables (parquet, jsonl, csv), images, or a text file of prompts"
+        raise SystemExit(f"{what}: holds {counts(files)}; it must hold {wanted}")
+    reader, kinds = found
+    is_test = lambda file: re.search(
+        r"(^|[/._-])(test|validation|valid|val)([/._-]|$)", str(file.relative_to(path)).lower()
+    )
+    splits = {"train": [f for f in of(kinds) if not is_test(f)], "test": [f for f in of(kinds) if is_test(f)]}
+    if not splits["train"]:
+        splits = {"train": of(kinds)}
+    read = {name: reader(found, streaming, caption) for name, found in splits.items() if found}
+    return read, f"{counts(kinds)}; beside it {counts(sorted(files.keys() - set(kinds)))}"
+
+
+@dataclass
+class Rows:
+    """What --data names: a Hugging Face data set with the columns image (file, bytes or path) and caption (text or list of
+    texts), to be trained on; held-out captions; and in words which files and columns were taken."""
+
+    train: object
+    held_out: list[str]
+    taken: str
+
+
+def open_rows(
+    name: str, flag="--data", need_images=True, need_captions=True, streaming=False, image=None, caption=None
+) -> Rows:
+    """--data: a folder, a file or a hub name. Held out are captions of the test / validation split, or without one of a
+    tenth of the rows, HELD_OUT at most, then not trained on. `image`, `caption`: the columns, if others than usual."""
     import datasets
 
     path = Path(name)
     if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise SystemExit(f"{flag} {name}: no such folder, nor a hub name owner/name")
+        raise SystemExit(f"{flag} {name}: no such file or folder, nor a hub name owner/name")
     try:
-        splits = datasets.load_dataset(str(path.resolve()) if path.exists() else name, streaming=streaming)
+        if path.exists():
+            splits, taken = read_path(path.resolve(), f"{flag} {name}", streaming, caption)
+        else:
+            splits, taken = datasets.load_dataset(name, streaming=streaming), "hub"
         train = splits["train"] if "train" in splits else next(iter(splits.values()))
         features = train.features or train._resolve_features().features
-    except Exception as error:  # noqa: BLE001  as above
-        raise SystemExit(f"{flag} {name}: cannot be read as a data set ({error})")
-    for column, what in ((image_column, "--image_column"), (caption_column, "--caption_column")):
-        if column and column not in features:
-            raise SystemExit(f"{what} {column}: {flag} {name} has the columns {list(features)}")
-    images = [c for c, f in features.items() if (c == image_column if image_column else isinstance(f, datasets.Image))]
-    usual = [caption_column] if caption_column else ["caption", "text", "txt", "prompt"]
-    captions = [c for c in usual if c in features]
-    for what, needed, found in (("images", need_images, images), ("captions", need_captions, captions)):
-        if needed and not found:
-            raise SystemExit(f"{flag} {name}: has no {what}; its columns are {list(features)}")
+    except Exception as error:  # noqa: BLE001  the library raises many kinds, all with a usable message
+        raise SystemExit(f"{flag} {name}: cannot be read as a data set ({' '.join(str(error).split())})")
+    of_images = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
+    is_tar = set(features) == {"image", "caption"} and ".tar" in taken
+    found = {
+        "image": image or next(iter(of_images), column_of(features, IMAGE_COLUMNS)),
+        "caption": "caption" if is_tar else caption or column_of(features, CAPTION_COLUMNS),
+    }
+    for what, needed in ("image", need_images), ("caption", need_captions):
+        if found[what] and found[what] not in features:
+            raise SystemExit(f"--{what}_column {found[what]}: {flag} {name} has the columns {list(features)}")
+        if needed and not found[what]:
+            raise SystemExit(f"{flag} {name}: has no {what}s ({taken}); its columns are {list(features)}")
+    found = {what: column for what, column in found.items() if column}
+    others = [column for column in features if column not in found.values()]
+    taken += f"; columns {found}" + f", and not {others}" * bool(others)
 
-    def columns(split):
-        names = dict.fromkeys(images[:1], "image") | dict.fromkeys(captions[:1], "caption")
-        others = {old: new for old, new in names.items() if old != new}
-        split = split.select_columns(list(names))
-        return split.rename_columns(others) if others else split
+    def columns(rows):
+        rows = rows.select_columns([*found.values()])
+        rows = rows.rename_columns({column: what for what, column in found.items() if column != what})
+        encoded = "image" in found and found["image"] in of_images
+        return rows.cast_column("image", datasets.Image(decode=False)) if encoded else rows
 
-    if not captions:
-        return columns(train), []
-    held_out = next((splits[s] for s in ("test", "validation") if s in splits), None)
-    if streaming:
-        rows = columns(train if held_out is None else held_out).select_columns("caption").take(HELD_OUT)
-        prompts = [row["caption"] for row in rows]
-        if held_out is None:
-            train = train.skip(HELD_OUT)
-            train._ex_iterable.split_when_sharding = False  # of each rank's files so many; not shared out among them
+    if not need_captions:
+        return Rows(columns(train), [], taken)
+    aside = next((splits[s] for s in ("test", "validation", "valid", "val") if s in splits), None)
+    captions = lambda rows: columns(rows).select_columns("caption")
+    if aside is not None:
+        held_out = [row["caption"] for row in (captions(aside).take(HELD_OUT) if streaming else captions(aside))]
+    elif streaming:
+        first = [row["caption"] for row in captions(train).take(10 * HELD_OUT)]
+        held_out = first[: max(1, len(first) // 10)]
+        train = train.skip(len(held_out))
+        train._ex_iterable.split_when_sharding = False  # of each rank's files so many; not shared out among them
     else:
-        if held_out is None:
-            n = min(HELD_OUT, max(1, len(train) // 10))
-            train, held_out = train.select(range(len(train) - n)), train.select(range(len(train) - n, len(train)))
-        prompts = list(columns(held_out)["caption"])
-    if not prompts or not streaming and len(train) == 0:
-        raise SystemExit(f"{flag} {name}: its {'training' if prompts else 'test'} split is empty")
-    for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise SystemExit(f"{flag} {name}: row {row} of its test split has no caption")
-    return columns(train), prompts
+        n = len(train) - min(HELD_OUT, max(1, len(train) // 10))
+        train, held_out = (
+            train.select(range(n)),
+            [row["caption"] for row in captions(train.select(range(n, len(train))))],
+        )
+    held_out = [text for text in (caption_of(value, 0) for value in held_out) if text]
+    if not held_out or not streaming and len(train) == 0:
+        raise SystemExit(f"{flag} {name}: its {'training' if held_out else 'test'} split has no usable row ({taken})")
+    return Rows(columns(train), held_out, taken)
 
 
-def open_data(args, pipe, prompts, rank: int, n_ranks: int, generator: torch.Generator, dataset, cache: bool):
-    """The training data of a run, streamed or not."""
-    kind = StreamedData if args.streaming else LatentData
-    return kind(dataset, pipe, prompts, args.batch_size, args.seed, rank, n_ranks, generator, cache)
+def caption_of(value, draw: int) -> str | None:
+    """A row's caption; of a list of them (COCO has five) the one that is drawn; None if there is no text in it."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    texts = [text for text in texts if isinstance(text, str) and text.strip()]
+    return texts[draw % len(texts)] if texts else None
 
 
-def undecoded(dataset):
-    """The data set with images as they are in the file, so that a broken one is ours to deal with."""
-    import datasets
-
-    return dataset.cast_column("image", datasets.Image(decode=False)) if "image" in dataset.column_names else dataset
-
-
-def fit_square(image, size: int):
-    """The central square of a PIL image at size x size pixels: what is trained on."""
+def open_image(value):
+    """An RGB PIL image from another, a file's bytes, {"bytes", "path"} or path: upright, 16 bits scaled, transparency on white."""
+    import numpy as np
     from PIL import Image, ImageOps
 
-    return ImageOps.fit(image, (size, size), Image.LANCZOS)
+    if not isinstance(value, Image.Image):
+        data, path = (value["bytes"], value["path"]) if isinstance(value, dict) else (value, value)
+        value = Image.open(io.BytesIO(data) if isinstance(data, bytes) else path)
+    image = ImageOps.exif_transpose(value)
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}")  # of unknown range; Pillow would make it white or black
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
-def samples_of(columns: dict[str, Sequence]) -> list[dict]:
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
-
-
-def decode(row: dict, size: int) -> tuple[str | None, dict]:
-    """(why an undecoded row cannot be trained on, or None; its caption and, where it has an image, "pixels" [H, W, 3] uint8,
-    what is trained on of it, and the image's own "height_width")."""
-    import datasets
+def decode(row: dict, shape: Sequence[int], draw: int = 0) -> tuple[str | None, dict]:
+    """(why a row cannot be trained on, or None; its caption and, where it has an image, "pixels" [H, W, 3] uint8, the middle
+    of it in the given shape, and the image's own "height_width"). Rows of cached latents stay as they are."""
     import numpy as np
+    from PIL import Image, ImageOps
 
-    sample = {"caption": row["caption"]}
-    try:
-        if "image" in row:
-            image = datasets.Image().decode_example(row["image"]).convert("RGB")
-            sample |= {"pixels": np.asarray(fit_square(image, size)), "height_width": (image.height, image.width)}
-    except Exception as error:  # noqa: BLE001  whatever a broken file raises is a reason to report, not to stop
-        return f"unreadable image ({type(error).__name__})", sample
-    return (None if isinstance(row["caption"], str) and row["caption"].strip() else "no caption"), sample
+    if "moments" in row:
+        return None, row
+    sample = {"caption": caption_of(row["caption"], draw)}
+    if sample["caption"] is None:
+        return "no caption", sample
+    if "image" in row:
+        if not row["image"]:
+            return "no image", sample
+        try:
+            image = open_image(row["image"])
+            cut = ImageOps.fit(image, (shape[1], shape[0]), Image.LANCZOS)
+        except Exception as error:  # noqa: BLE001  whatever a broken file raises is a reason to report, not to stop
+            why = str(error) if str(error).startswith("mode") else type(error).__name__
+            return f"unreadable image ({why})", sample
+        sample |= {"pixels": np.asarray(cut), "height_width": (image.height, image.width)}
+    return None, sample
 
 
-def report_on_data(args, pipe, dataset, accelerator) -> str:
-    """What --check_data prints, on the first process: counts of usable samples and of reasons why one cannot be trained on.
-    The first eight usable images and their captions are drawn to OUTPUT_DIR-data.png."""
+def report_on_data(args, pipe, rows: Rows, accelerator) -> str:
+    """What --check_data prints, on the first process: what was read, counts of usable samples and of reasons against the
+    others, sizes. The first eight usable images and their captions are drawn to OUTPUT_DIR-data.png."""
     from PIL import Image
     from tqdm import tqdm
 
     if not accelerator.is_main_process:
         return ""
-    counts, examples, sheet = Counter(usable=0), {}, Path(f"{Path(args.output_dir)}-data.png")
-    for row in tqdm(undecoded(dataset), desc="checking"):
-        reason, sample = decode(row, latent_shape(pipe)[1] * pipe.vae_scale_factor)
-        counts[reason or "usable"] += 1
-        if not reason and "pixels" in sample and len(examples) < 8:
-            examples[f"{counts['usable']}. {sample['caption'][:70]}"] = [Image.fromarray(sample["pixels"])]
+    shape = image_shape(pipe)
+    counts, examples, sides, sheet = Counter(usable=0), {}, [], Path(f"{Path(args.output_dir)}-data.png")
+    with ThreadPoolExecutor() as threads:
+        for reason, sample in tqdm(ahead(threads, partial(decode, shape=shape), rows.train), desc="checking"):
+            counts[reason or "usable"] += 1
+            if not reason and "pixels" in sample:
+                sides.append(min(h / n for h, n in zip(sample["height_width"], shape)))
+                if len(examples) < 8:
+                    examples[f"{counts['usable']}. {sample['caption'][:70]}"] = [Image.fromarray(sample["pixels"])]
+    lines = [("read", rows.taken), ("held-out captions", len(rows.held_out)), *counts.items()]
     if examples:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         save_sheet(sheet, examples, label_width=450)
-    lines = [*counts.items(), *[("examples", sheet)] * bool(examples)]
+        small, middle = sum(side < 1 for side in sides), sorted(sides)[len(sides) // 2]
+        sizes = f"{small} smaller than {shape[0]} x {shape[1]}, which are enlarged; median {middle:.2f} times that"
+        lines += [("sizes", sizes), ("examples", sheet)]
     return "\n".join(f"{what:24} {value}" for what, value in lines)
 
 
-class LatentData:
-    """Endless seeded stream of (x, ids): latents [B, C, h, w] fp32 and token ids, from the rows of a data set.
+def ahead(threads: ThreadPoolExecutor, function: Callable, items: Iterable, n: int = 64):
+    """function(item) of all items in order, n of them under way."""
+    items, waiting = iter(items), deque()
+    for item in items:
+        waiting.append(threads.submit(function, item))
+        if len(waiting) == n:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
-    Batch k of rank r takes places (k n_ranks + r) B ... + B of the concatenated, shuffled epochs: ranks never share a
-    sample, and `k` is the whole position. With cache=True, VAE moments and ids are computed once, and kept on disk for
-    all runs with the same data, VAE and tokenizers. Unusable samples are counted, and others of the batch repeated.
-    """
+
+class ShuffledRows:
+    """Rows of a rank in an endless order. Of a data set that is indexed: batch k of rank r takes places (k n_ranks + r) B
+    .. + B of the concatenated, shuffled epochs, and the position is a number."""
+
+    def __init__(self, rows, batch_size: int, seed: int, rank: int, n_ranks: int):
+        self.rows, self.batch_size, self.seed, self.rank, self.n_ranks = rows, batch_size, seed, rank, n_ranks
+        self.position, self.epoch = 0, -1
+
+    def read(self) -> tuple[dict, int]:
+        """(the next row, epoch)"""
+        k, b = divmod(self.position, self.batch_size)
+        epoch, i = divmod((k * self.n_ranks + self.rank) * self.batch_size + b, len(self.rows))
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
+            self.epoch, self.order = epoch, torch.randperm(len(self.rows), generator=generator)
+        self.position += 1
+        return self.rows[int(self.order[i])], epoch
+
+    def go_to(self, position) -> None:
+        self.position = position
+
+
+class StreamedRows:
+    """The same of a data set that is read in order: split over the ranks, by files where there are enough, and shuffled
+    within blocks. The position is the library's own state, at the very next row."""
+
+    BLOCK = 1000
+
+    def __init__(self, rows, batch_size: int, seed: int, rank: int, n_ranks: int):
+        from datasets.distributed import split_dataset_by_node
+
+        # whole files, nearly evenly; of few files whole ones if they can be shared evenly, else every n-th row of all
+        strategy = "shards" if rows.num_shards >= 10 * n_ranks else "auto"
+        if strategy == "auto" and rows.num_shards % n_ranks and rank == 0:
+            faster = f"{10 * n_ranks} files or a multiple of the processes are faster"
+            why = f"{n_ranks} processes read all {rows.num_shards} files each; {faster}"
+            print(f"warning: --streaming: {why}", file=sys.stderr, flush=True)
+        self.rows, self.seed, self.who = split_dataset_by_node(rows, rank, n_ranks, strategy), seed, (rank, n_ranks)
+        self.go_to({"epoch": 0, "state": None})
+
+    @property
+    def position(self) -> dict:
+        return {"epoch": self.epoch, "state": self.stream.state_dict()}
+
+    def go_to(self, position: dict) -> None:
+        self.epoch = position["epoch"]
+        settings = {"batched": True, "batch_size": self.BLOCK, "with_indices": True}
+        self.stream = self.rows.map(self.shuffle, **settings, fn_kwargs={"seed": seed_of(self.seed, self.epoch)})
+        if position["state"]:
+            self.stream.load_state_dict(position["state"])
+        self.iterator = iter(self.stream)
+
+    @staticmethod
+    def shuffle(block: dict, indices: list[int], seed: int) -> dict:
+        order = torch.randperm(
+            len(indices), generator=torch.Generator().manual_seed(seed_of(seed, indices[0]))
+        ).tolist()
+        return {name: [values[i] for i in order] for name, values in block.items()}
+
+    def read(self) -> tuple[dict, int]:
+        for _ in range(2):
+            for row in self.iterator:
+                return row, self.epoch
+            self.go_to({"epoch": self.epoch + 1, "state": None})
+        raise SystemExit(f"--data: yields no sample for process {self.who[0]} of {self.who[1]}")
+
+
+class LatentData:
+    """Endless seeded stream of (x, ids): latents [B, C, h, w] fp32 and token ids, each usable sample of an epoch once, none
+    on two ranks. Images are decoded ahead, beside the device. With cache=True, VAE moments and ids are computed once, and
+    kept on disk for all runs with the same data, VAE and tokenizers."""
 
     MAX_UNUSABLE = 0.05  # share of unusable samples that stops a run
 
-    def __init__(
-        self, dataset, pipe, prompts, batch_size, seed, rank, n_ranks, generator: torch.Generator, cache: bool
-    ):
-        self.dataset, self.prompts, self.batch_size = dataset, prompts, batch_size
-        self.seed, self.rank, self.n_ranks, self.generator = seed, rank, n_ranks, generator
+    def __init__(self, rows, pipe, prompts, batch_size, seed, rank, n_ranks, generator: torch.Generator, cache: bool):
+        self.rows, self.prompts, self.batch_size, self.generator = rows, prompts, batch_size, generator
         self.vae, self.scaling = pipe.vae.to(prompts.device), pipe.vae.config.scaling_factor
-        self.shape = latent_shape(pipe)
-        self.size = self.shape[1] * pipe.vae_scale_factor
+        self.latents, self.shape, self.seed = latent_shape(pipe), image_shape(pipe), seed
         self.seen, self.unusable = 0, Counter()
-        self.threads, self.ahead = ThreadPoolExecutor(), {}  # images are decoded side by side, the next batch's ahead
-        self.open(cache)
+        self.threads, self.ahead = ThreadPoolExecutor(), deque()  # (position, row, its decoding)
+        is_stream = not hasattr(rows, "select")
+        if cache and not is_stream:
+            self.rows = make_cache(self, rank, n_ranks)
+        self.source = (StreamedRows if is_stream else ShuffledRows)(self.rows, batch_size, seed, rank, n_ranks)
 
-    def open(self, cache: bool) -> None:
-        self.k, self.epoch, self.order, self.cache = 0, -1, None, None
-        self.raw = undecoded(self.dataset)
-        if cache:
-            self.cache = self.make_cache()
-
-    def __len__(self) -> int:
-        """Rows that are drawn from."""
-        return len(self.dataset if self.cache is None else self.cache)
-
-    def position(self) -> dict:
+    def position(self):
         """The place in the data, for a checkpoint."""
-        return {"k": self.k}
+        return self.ahead[0][0] if self.ahead else self.source.position
 
-    def restore(self, position: dict) -> None:
-        self.k = position["k"]
+    def restore(self, position) -> None:
+        self.ahead.clear()
+        self.source.go_to(position)
 
-    def make_cache(self):
-        """Columns moments and ids of all usable samples, as a data set on disk; each rank makes its part."""
-        import datasets
+    def take(self, n: int, need_images: bool = True) -> list[dict]:
+        """The next n usable samples; without their images for prompts."""
+        samples = []
+        while len(samples) < n:
+            self.look_ahead(1)
+            _, row, decoding = self.ahead.popleft()
+            if not need_images and not decoding.cancel() and "image" in row:
+                row = {"caption": row["caption"]}
+            samples += self.usable([decoding.result() if need_images else decode(row, self.shape)])
+        return samples
 
-        def encode(rows: dict) -> dict:
-            samples = self.usable(map(Future.result, self.decoding(samples_of(rows))))
-            if not samples:
-                return {"moments": [], "ids": []}
-            moments, ids = self.encode_samples(samples)
-            return {"moments": moments.flatten(1).cpu().numpy(), "ids": ids.flatten(1).numpy()}
+    def look_ahead(self, n: int) -> None:
+        while len(self.ahead) < n:
+            position = self.source.position
+            row, epoch = self.source.read()
+            draw = seed_of(self.seed, epoch, row["caption"]) if isinstance(row.get("caption"), list) else 0
+            self.ahead.append((position, row, self.threads.submit(decode, row, self.shape, draw)))
 
-        tokens = self.prompts.tokenize(["a red 7"]).tolist()
-        key = f"{seed_of(fingerprint(self.vae), self.dataset._fingerprint, self.size, tokens):08x}"
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddil-latents" / key
-        folder.mkdir(parents=True, exist_ok=True)
-        types = {"moments": datasets.List(datasets.Value("float32")), "ids": datasets.List(datasets.Value("int64"))}
-        settings = {"batched": True, "batch_size": self.batch_size, "remove_columns": self.raw.column_names}
-        settings |= {"features": datasets.Features(types), "desc": "caching latents"}
-
-        def part(rank: int):
-            name = f"{rank}-of-{self.n_ranks}"
-            files = {"cache_file_name": str(folder / f"{name}.arrow"), "new_fingerprint": f"{key}-{name}"}
-            return self.raw.shard(self.n_ranks, rank, contiguous=True).map(encode, **settings, **files)
-
-        part(self.rank)
-        if self.n_ranks > 1:
-            torch.distributed.barrier()
-        cache = datasets.concatenate_datasets([part(rank) for rank in range(self.n_ranks)]).with_format("numpy")
-        if len(cache) == 0:
-            raise SystemExit(f"--data: none of {len(self.dataset)} samples can be used: {self.reasons()}")
-        return cache
-
-    def rows(self, k: int) -> Tensor:
-        """Rows [B] of this rank's batch k."""
-        start, n = (k * self.n_ranks + self.rank) * self.batch_size, len(self)
-        rows = []
-        for place in range(start, start + self.batch_size):
-            epoch, i = divmod(place, n)
-            if epoch != self.epoch:
-                generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
-                self.epoch, self.order = epoch, torch.randperm(n, generator=generator)
-            rows.append(self.order[i])
-        return torch.stack(rows)
+    def usable(self, decoded: Iterable[tuple[str | None, dict]]) -> list[dict]:
+        """The samples that can be trained on, of what `decode` gave. SystemExit where too many cannot."""
+        samples = []
+        for reason, sample in decoded:
+            self.seen += 1
+            if not reason:
+                samples.append(sample)
+                continue
+            self.unusable[reason] += 1
+            n, among = self.unusable.total(), f"among the first {self.seen} samples of a process"
+            if n.bit_count() == 1:  # the 1st, 2nd, 4th, 8th, ...
+                print(f"warning: --data: skipped {self.reasons()} {among}", file=sys.stderr, flush=True)
+            if n > max(16, self.MAX_UNUSABLE * self.seen):
+                raise SystemExit(f"--data: {n} {among} cannot be used: {self.reasons()}; --check_data counts them all")
+        return samples
 
     def reasons(self) -> str:
         return ", ".join(f"{n} x {reason}" for reason, n in self.unusable.items()) or "no sample at all"
 
-    def decoding(self, samples: list[dict]) -> list[Future]:
-        """Undecoded samples on their way through `decode`."""
-        return [self.threads.submit(decode, sample, self.size) for sample in samples]
-
-    def usable(self, decoded: Iterable[tuple[str | None, dict]]) -> list[dict]:
-        """The samples that can be trained on, of what `decode` gave. SystemExit where too many cannot."""
-        reasons, samples = zip(*decoded)
-        self.seen += len(samples)
-        before = self.unusable.total()
-        self.unusable.update(reason for reason in reasons if reason)
-        now, among = self.unusable.total(), f"among the first {self.seen} samples of a process"
-        if now.bit_length() > before.bit_length():  # at the 1st, 2nd, 4th, 8th, ...
-            print(f"warning: --data: skipped {self.reasons()} {among}", file=sys.stderr, flush=True)
-        if now > max(4, self.MAX_UNUSABLE * self.seen):
-            raise SystemExit(f"--data: {now} {among} cannot be used: {self.reasons()}; --check_data counts them all")
-        return [sample for sample, reason in zip(samples, reasons) if not reason]
-
     @torch.no_grad()
-    def encode_samples(self, samples: list[dict]) -> tuple[Tensor, Tensor]:
+    def encode(self, samples: list[dict]) -> tuple[Tensor, Tensor]:
         """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of decoded samples."""
         import numpy as np
 
-        n, original = self.size, torch.tensor([sample["height_width"] for sample in samples])  # [B, 2]
-        scaled = (original * n / original.amin(dim=1, keepdim=True)).round()
-        corners = (scaled - n) // 2  # of the crop, in the image as it is scaled
-        sizes = torch.cat([original, corners.long(), torch.full_like(original, n)], dim=1)
+        if "moments" in samples[0]:
+            moments, ids = (
+                torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in ("moments", "ids")
+            )
+            ids = ids.unflatten(1, (len(self.prompts.tokenizers) + self.prompts.xl, -1))
+            return moments.unflatten(1, (2, *self.latents)).to(self.prompts.device), ids
+        original, target = torch.tensor([sample["height_width"] for sample in samples]), torch.tensor(self.shape)
+        scaled = (original * (target / original).amax(dim=1, keepdim=True)).round()  # [B, 2]
+        corners = (scaled.long() - target) // 2  # of the crop, in the image as it is scaled
+        sizes = torch.cat([original, corners, target.expand_as(original)], dim=1)
         pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples]))  # [B, H, W, 3] uint8
         moments = []
         for part in pixels.permute(0, 3, 1, 2).split(16):  # the VAE's activations at full resolution are large
@@ -836,145 +1060,69 @@ class LatentData:
             moments.append(torch.stack([posterior.mean, posterior.std], dim=1))
         return torch.cat(moments), self.prompts.tokenize([sample["caption"] for sample in samples], sizes)
 
-    def usable_rows(self, rows: Tensor, decoded: Iterable[tuple[str | None, dict]]) -> list[dict]:
-        """The usable samples among rows, repeated to be as many as rows."""
-        samples = self.usable(decoded)
-        if not samples:
-            raise SystemExit(f"--data: none of the rows {rows.tolist()} can be used: {self.reasons()}")
-        return [samples[i % len(samples)] for i in range(len(rows))]
-
-    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of rows."""
-        if self.cache is None:
-            decoding = self.ahead.pop(tuple(rows.tolist()), None) or self.decoding(samples_of(self.raw[rows.tolist()]))
-            return self.encode_samples(self.usable_rows(rows, map(Future.result, decoding)))
-        columns = self.cache[rows.tolist()]
-        moments = torch.from_numpy(columns["moments"]).unflatten(1, (2, *self.shape))
-        return moments.to(self.prompts.device), self.unflatten_ids(columns["ids"])
-
-    def unflatten_ids(self, ids) -> Tensor:
-        return torch.from_numpy(ids).unflatten(1, (len(self.prompts.tokenizers) + self.prompts.xl, -1))
-
     def draw(self, moments: Tensor, generator: torch.Generator) -> Tensor:
         mean, std = moments.unbind(dim=1)
         return (mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)) * self.scaling
 
-    def sample(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        moments, ids = self.encode(rows)
-        return self.draw(moments, generator), ids
-
-    def look_ahead(self) -> None:
-        """Begins to decode the images of the next batch, while the device trains on this one."""
-        rows = self.rows(self.k)
-        self.ahead = {tuple(rows.tolist()): self.decoding(samples_of(self.raw[rows.tolist()]))}
-
     def next(self) -> tuple[Tensor, Tensor]:
-        self.k += 1
-        batch = self.sample(self.rows(self.k - 1), self.generator)
-        if self.cache is None:
-            self.look_ahead()
-        return batch
-
-    def next_ids(self) -> Tensor:
-        """The captions of the next batch without its images: the prompts of a rollout."""
-        self.k += 1
-        rows = self.rows(self.k - 1)
-        if self.cache is not None:
-            return self.prompts.with_sizes(self.unflatten_ids(self.cache.select_columns("ids")[rows.tolist()]["ids"]))
-        captions = samples_of(self.dataset.select_columns("caption")[rows.tolist()])
-        samples = self.usable_rows(rows, [decode(row, self.size) for row in captions])  # not in the threads' queue
-        return self.prompts.tokenize([sample["caption"] for sample in samples])
-
-    def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
-        """Of n random samples, or of all if there are fewer; the same on all ranks."""
-        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:n].split(self.batch_size)
-        return torch.cat([self.sample(part, generator)[0] for part in rows])
-
-
-class StreamedData(LatentData):
-    """The same from a data set that is read in order, once an epoch: split over the ranks, by files where there are enough,
-    and shuffled within blocks of BLOCK. The position (state of the stream at the block's start, place in the block) is exact."""
-
-    BLOCK = 1000
-
-    def open(self, cache: bool) -> None:
-        from datasets.distributed import split_dataset_by_node
-
-        self.cache = None  # latents on disk would be a copy of the stream
-        files, n = self.dataset.num_shards, self.n_ranks
-        # whole files, nearly evenly; of few files whole ones if they can be shared evenly, else every n-th row of all
-        strategy = "shards" if files >= 10 * n else "auto"
-        if strategy == "auto" and files % n and self.rank == 0:
-            faster = f"{10 * n} files or a multiple of the processes are faster"
-            print(
-                f"warning: --streaming: {n} processes read all {files} files each; {faster}",
-                file=sys.stderr,
-                flush=True,
-            )
-        self.stream = split_dataset_by_node(undecoded(self.dataset), self.rank, self.n_ranks, strategy)
-        self.start = self.stream.state_dict()
-        self.restore({"epoch": 0, "blocks": 0, "state": self.start, "place": 0})
-
-    def position(self) -> dict:
-        return {"epoch": self.epoch, "blocks": self.blocks - 1, "state": self.block_state, "place": self.place}
-
-    def restore(self, position: dict) -> None:
-        self.epoch, self.blocks = position["epoch"], position["blocks"]
-        self.stream.load_state_dict(position["state"])
-        self.iterator = iter(self.stream)
-        self.read_block()
-        self.place = position["place"]
-
-    def read_block(self) -> None:
-        for _ in range(2):
-            self.block_state = self.stream.state_dict()
-            block = list(islice(self.iterator, self.BLOCK))
-            if block:
-                break
-            self.epoch += 1  # the stream has ended: from its start again
-            self.stream.load_state_dict(self.start)
-            self.iterator = iter(self.stream)
-        else:
-            raise SystemExit(f"--data: yields no sample for process {self.rank} of {self.n_ranks}")
-        generator = torch.Generator().manual_seed(seed_of(self.seed, "block", self.blocks))
-        self.block = [block[i] for i in torch.randperm(len(block), generator=generator)]
-        self.blocks, self.place = self.blocks + 1, 0
-
-    def next_samples(self, need_images: bool) -> list[dict]:
-        """This rank's next usable samples, a batch of them."""
-        samples = []
-        while len(samples) < self.batch_size:
-            if self.place == len(self.block):
-                self.read_block()
-            part = self.block[self.place : self.place + self.batch_size - len(samples)]
-            if need_images:
-                decoded = map(Future.result, self.ahead.pop((self.blocks, self.place), None) or self.decoding(part))
-            else:
-                decoded = [decode({"caption": sample["caption"]}, self.size) for sample in part]
-            self.place += len(part)
-            samples += self.usable(decoded)
-        return samples
-
-    def look_ahead(self) -> None:
-        """What is left of the block, at most."""
-        part = self.block[self.place : self.place + self.batch_size]
-        self.ahead = {(self.blocks, self.place): self.decoding(part)}
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        moments, ids = self.encode_samples(self.next_samples(need_images=True))
-        self.look_ahead()
+        samples = self.take(self.batch_size)
+        self.look_ahead(2 * self.batch_size)
+        moments, ids = self.encode(samples)
         return self.draw(moments, self.generator), ids
 
     def next_ids(self) -> Tensor:
-        return self.prompts.tokenize([sample["caption"] for sample in self.next_samples(need_images=False)])
+        """The captions of the next batch without its images: the prompts of a rollout."""
+        samples = self.take(self.batch_size, need_images=False)
+        if "ids" in samples[0]:
+            return self.prompts.with_sizes(self.encode(samples)[1])
+        return self.prompts.tokenize([sample["caption"] for sample in samples])
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
-        """Of the first usable samples of the whole stream, the same on all ranks."""
-        latents, stream = [], iter(undecoded(self.dataset).take(n))
-        while samples := list(islice(stream, self.batch_size)):
-            if samples := self.usable(map(Future.result, self.decoding(samples))):
-                latents.append(self.draw(self.encode_samples(samples)[0], generator))
+        """Of n random samples, or of all if there are fewer; of a stream, of its first ones. The same on all ranks."""
+        if hasattr(self.rows, "select"):
+            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(0))[:n].tolist()
+            rows = (self.rows[i] for i in order)
+        else:
+            rows = iter(self.rows.take(n))
+        decoded, latents = ahead(self.threads, partial(decode, shape=self.shape), rows), []
+        while batch := [*islice(decoded, self.batch_size)]:
+            if samples := self.usable(batch):
+                latents.append(self.draw(self.encode(samples)[0], generator))
+        if not latents:
+            raise SystemExit(f"--data: none of the first {n} samples can be used: {self.reasons()}")
         return torch.cat(latents)
+
+
+def make_cache(data: LatentData, rank: int, n_ranks: int):
+    """Columns moments and ids of all usable samples, as a data set on disk; each rank makes its part."""
+    import datasets
+
+    def encode(rows: dict) -> dict:
+        rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
+        samples = data.usable(data.threads.map(partial(decode, shape=data.shape), rows))
+        moments, ids = data.encode(samples) if samples else (torch.empty(0, 1), torch.empty(0, 1).long())
+        return {"moments": moments.flatten(1).cpu().numpy(), "ids": ids.flatten(1).numpy()}
+
+    tokens = data.prompts.tokenize(["a red 7"]).tolist()
+    key = f"{seed_of(fingerprint(data.vae), data.rows._fingerprint, data.shape, tokens):08x}"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddil-latents" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    types = {"moments": datasets.List(datasets.Value("float32")), "ids": datasets.List(datasets.Value("int64"))}
+    settings = {"batched": True, "batch_size": data.batch_size, "remove_columns": data.rows.column_names}
+    settings |= {"features": datasets.Features(types), "desc": "caching latents"}
+
+    def part(rank: int):
+        name = f"{rank}-of-{n_ranks}"
+        files = {"cache_file_name": str(folder / f"{name}.arrow"), "new_fingerprint": f"{key}-{name}"}
+        return data.rows.shard(n_ranks, rank, contiguous=True).map(encode, **settings, **files)
+
+    part(rank)
+    if n_ranks > 1:
+        torch.distributed.barrier()
+    cache = datasets.concatenate_datasets([part(rank) for rank in range(n_ranks)]).with_format("numpy")
+    if len(cache) == 0:
+        raise SystemExit(f"--data: none of {len(data.rows)} samples can be used: {data.reasons()}")
+    return cache
 
 
 def support_of(threshold: str, data: LatentData) -> Support:
@@ -1009,6 +1157,7 @@ def number(kind: type, wanted: str, is_ok: Callable) -> Callable:
 positive_int = number(int, "a whole number > 0", lambda n: n > 0)
 natural_int = number(int, "a whole number >= 0", lambda n: n >= 0)
 seed_int = number(int, "a whole number from 0 to 2^31 - 1", lambda n: 0 <= n < 2**31)
+multiple_of_8 = number(int, "a multiple of 8", lambda n: n > 0 and n % 8 == 0)
 positive = number(float, "> 0 and finite", lambda x: 0 < x < math.inf)
 non_negative = number(float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
 share = number(float, "in [0, 1]", lambda x: 0 <= x <= 1)
@@ -1046,6 +1195,7 @@ def flag_parser(doc: str, recipes: dict):
         help="encode all images once and keep their latents on disk, for later runs too",
     )
     add("--streaming", action=choice, help="read the data in order while training; nothing is copied or cached")
+    add("--resolution", type=multiple_of_8, nargs="+", help="pixels, or height and width (default: the UNet's own)")
     add("--image_column", help="of the data (default: its first column of images)")
     add("--caption_column", help="of the data (default: caption, text, txt or prompt)")
     add("--log_every", type=positive_int, help="updates between lines and rows of metrics.csv")
@@ -1086,6 +1236,8 @@ def resolve(args, recipes: dict):
     for name in ("teacher", "data"):
         if getattr(args, name) is None:
             raise SystemExit(f"--{name}: the recipe {args.recipe} has no default; give a folder or a hub name")
+    if args.resolution and len(args.resolution) > 2:
+        raise SystemExit(f"--resolution {args.resolution}: must be one number, or height and width")
     if "guidance_range" in args and args.guidance_range[0] > args.guidance_range[1]:
         raise SystemExit(f"--guidance_range {args.guidance_range}: must be LO HI with LO <= HI")
     return args
@@ -1393,7 +1545,7 @@ class Run:
         self.accelerator.gradient_accumulation_steps = self.accumulation
         if self.accelerator.is_main_process and not (args.dry_run or args.check_data):
             check_output_dir(args)
-        self.pipe = load_pipeline(args.teacher)
+        self.pipe = load_pipeline(args.teacher, resolution=args.resolution)
         self.schedule = load_schedule(self.pipe).to(self.device)
         self.predicts = self.pipe.scheduler.config.prediction_type
         self.models = WeakSet()  # all that are made by model(), while they live
@@ -1410,12 +1562,13 @@ class Run:
         from accelerate.utils import set_seed
 
         args, device, networks = self.args, self.device, networks or {"teacher": self.pipe.unet}
-        columns_of_data = args.image_column, args.caption_column
-        dataset, self.held_out = load_images(args.data, "--data", need_images, True, args.streaming, *columns_of_data)
-        if args.reflect == "measured" and "image" not in dataset.column_names:
+        named = {"image": args.image_column, "caption": args.caption_column}
+        rows = open_rows(args.data, need_images=need_images, streaming=args.streaming, **named)
+        self.held_out = rows.held_out
+        if args.reflect == "measured" and "image" not in rows.train.column_names:
             raise SystemExit(f"--reflect measured: --data {args.data} has no images to measure; give a radius, or none")
         if args.check_data:
-            self.print(report_on_data(args, self.pipe, dataset, self.accelerator))
+            self.print(report_on_data(args, self.pipe, rows, self.accelerator))
         if args.dry_run:
             batch = f"{self.n_ranks} processes x {args.batch_size} x {self.accumulation} accumulated"
             plan = {**dict(sorted(vars(args).items())), "": "", "batch": f"{batch} = {args.global_batch_size}", **plan}
@@ -1428,7 +1581,8 @@ class Run:
         self.shared = torch.Generator().manual_seed(seed_of(args.seed, "shared"))  # alike on all ranks [D14]
         self.prompts = PromptEncoder(self.pipe, device)
         cache = args.cache_latents and need_images
-        self.data = open_data(args, self.pipe, self.prompts, self.rank, self.n_ranks, self.noise, dataset, cache)
+        place = args.batch_size, args.seed, self.rank, self.n_ranks
+        self.data = LatentData(rows.train, self.pipe, self.prompts, *place, self.noise, cache)
         self.support = support_of(args.reflect, self.data)
         self.null = self.prompts.null()
         self.metrics = Metrics(self.out / "metrics.csv", labels, columns, device)

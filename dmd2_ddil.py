@@ -25,7 +25,7 @@ Plain DMD2 is --p_student 1. What the paper adds to it: grep "# DDIL:" dmd2_ddil
 import copy
 import math
 from argparse import BooleanOptionalAction
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -39,7 +39,8 @@ from common import CLEAN, NoiseSchedule, any_timesteps, eps_from_v, forward_stat
 from common import Support, moved_fraction, reflect
 from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout
 from common import SamplingPrior
-from common import UNetModel, betas_of, lcm_scheduler, load_pipeline, load_schedule, refuse_zero_snr, with_guidance
+from common import UNetModel, betas_of, latent_shape, lcm_scheduler, load_pipeline, load_schedule, refuse_zero_snr
+from common import with_guidance
 from common import Run, Trained, add_prior_flags, flag_parser, non_negative, part_of, positive, positive_int, priors_of
 from common import resolve, save_pipeline, seed_of
 # isort: on
@@ -208,21 +209,21 @@ def student_states(
 
 
 class GANHead(torch.nn.Sequential):
-    """Mid-block features [B, C, n, n] -> logits [B, 1, 1, 1]: strided convolutions down to 4 x 4 or less, then one over all."""
+    """Mid-block features [B, C, h, w] -> logits [B, 1, 1, 1]: strided convolutions down to 4 x 4 or less, then one over all."""
 
-    def __init__(self, channels: int, size: int):
+    def __init__(self, channels: int, height: int, width: int):
         groups = math.gcd(32, channels)
         while groups > 1 and channels // groups < 4:  # at 1 x 1 a group of a single channel would always be 0
             groups //= 2
 
-        def layer(kernel: int, stride: int, padding: int):
+        def layer(kernel, stride: int, padding: int):
             convolution = torch.nn.Conv2d(channels, channels, kernel, stride, padding)
             return [convolution, torch.nn.GroupNorm(groups, channels), torch.nn.SiLU()]
 
         layers = []
-        while size > 4:
-            layers, size = layers + layer(4, 2, 1), size // 2
-        super().__init__(*layers, *layer(size, 1, 0), torch.nn.Conv2d(channels, 1, 1))
+        while max(height, width) > 4 and min(height, width) > 1:
+            layers, height, width = layers + layer(4, 2, 1), height // 2, width // 2
+        super().__init__(*layers, *layer((height, width), 1, 0), torch.nn.Conv2d(channels, 1, 1))
 
 
 class Critic(torch.nn.Module):
@@ -262,12 +263,12 @@ def mid_block_features(unet, *inputs, **more) -> Tensor:
         hook.remove()
 
 
-def make_head(unet) -> GANHead:
-    """A head for the shape that this UNet's mid block has: all down blocks but the last halve the latent's size."""
-    widths, size = unet.config.block_out_channels, unet.config.sample_size
+def make_head(unet, latent: Sequence[int]) -> GANHead:
+    """A head for the shape that this UNet's mid block has: all down blocks but the last halve the latents' size."""
+    widths, (_, height, width) = unet.config.block_out_channels, latent
     for _ in widths[1:]:
-        size = -(-size // 2)
-    return GANHead(widths[-1], size)
+        height, width = -(-height // 2), -(-width // 2)
+    return GANHead(widths[-1], height, width)
 
 
 def judge_of(network: UNetModel) -> Judge:
@@ -310,7 +311,7 @@ def load_pipes(run: Run) -> dict:
     for flag in ("student_init", "fake_init"):
         path = getattr(args, flag) or args.teacher
         if path not in loaded:
-            loaded[path] = load_pipeline(path, f"--{flag}")
+            loaded[path] = load_pipeline(path, f"--{flag}", run.args.resolution)
             check_fit(run.pipe, loaded[path], f"--{flag}", path)
             loaded[path].vae = loaded[path].text_encoder = loaded[path].text_encoder_2 = None
     student, fake = args.student_init or args.teacher, args.fake_init or args.teacher
@@ -397,7 +398,7 @@ def networks_of(run: Run, pipes: dict) -> Networks:
             pipe.unet = None  # is trained, or has been copied
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(run.args.seed, "head"))  # alike on all ranks
-        critic_module = Critic(fake_unet, make_head(fake_unet) if run.args.gan_weight else None)
+        critic_module = Critic(fake_unet, make_head(fake_unet, latent_shape(run.pipe)) if run.args.gan_weight else None)
     network = run.model(run.frozen(run.pipe.unet))
     real = network if network.config.time_cond_proj_dim is not None else with_guidance(network, run.null)
     student = run.trainable("student", student_unet.requires_grad_(True))

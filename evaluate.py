@@ -29,6 +29,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -54,7 +55,7 @@ from common import CLEAN, add_noise, rotation, timestep_grid
 from common import mixed_rollout, student_rollout, teacher_rollout
 from common import PromptEncoder, UNetModel, dpm_solver, find_pipeline, latent_shape, load_pipeline, load_schedule
 from common import open_pipeline, with_guidance
-from common import LatentData, load_images
+from common import LatentData, decode, image_shape, open_image, open_rows
 from common import fingerprint, frozen_dtype, in_order, noise_generator, noise_of, number, positive_int, priors_of
 from common import save_sheet, seed_int, seed_of, share, start_accelerator
 # isort: on
@@ -142,7 +143,7 @@ PAPER_SHIFT = {  # Tables 5-7: (FID, CLIP)
 
 steps_int = number(int, "a whole number from 1 to 999", lambda n: 1 <= n <= 999)
 several_int = number(int, "a whole number > 1", lambda n: n > 1)
-scale = number(float, "finite and at least 1, which is no guidance", lambda w: 1 <= w < float("inf"))
+scale = number(float, "finite and at least 1, which is no guidance", lambda w: 1 <= w < math.inf)
 
 
 def parse_args(argv=None):
@@ -309,7 +310,7 @@ def read_prompts(name: str) -> list[Prompt]:
         elif path.is_file() and path.suffix == ".txt":
             entries = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         else:
-            entries = load_images(name, "--prompts", need_images=False)[1]
+            entries = open_rows(name, "--prompts", need_images=False).held_out
     if not isinstance(entries, list) or not entries:
         raise SystemExit(f"--prompts {name}: holds no prompts")
     prompts = []
@@ -348,7 +349,7 @@ class Images:
         file = self.source[row] if isinstance(self.source, list) else None
         what = file or f"--reference: image {row}"
         with or_stop(f"{what}: cannot be read; a generated one is made again if deleted"):
-            return (Image.open(file) if file else self.source[row]["image"]).convert("RGB")
+            return open_image(file or self.source[row]["image"])
 
     def load(self, rows: Tensor) -> list[Image.Image]:
         """RGB; SystemExit naming the one that is broken."""
@@ -358,7 +359,7 @@ class Images:
 def reference_images(name: str) -> Images:
     """--reference: the images in a folder, or the training images of a data set."""
     files = [f for f in sorted(Path(name).glob("*")) if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
-    images = Images(files or load_images(name, "--reference", need_captions=False)[0])
+    images = Images(files or open_rows(name, "--reference", need_captions=False).train)
     if len(images) < 2:
         raise SystemExit(f"--reference {name}: holds {len(images)} image(s)")
     return images
@@ -370,6 +371,7 @@ Sampler = Callable[[list[str], list[int]], Tensor]  # prompts, indices of their 
 def pipeline_sampler(pipe, candidate: Candidate, seed: int) -> Sampler:
     """The stock pipeline, as anyone would use it; each image has a generator of its own."""
     settings = {"num_inference_steps": candidate.steps, "guidance_scale": candidate.guidance_scale, "output_type": "pt"}
+    settings["height"], settings["width"] = image_shape(pipe)
 
     def sample(prompts: list[str], noises: list[int]) -> Tensor:
         generators = [noise_generator(i, seed) for i in noises]  # its first draw is common.noise_of
@@ -391,15 +393,9 @@ def open_candidate(candidate: Candidate, accelerator):
         pipe.scheduler = dpm_solver(pipe, config.prediction_type, order={"ddim": 1, "dpm++": 2}[candidate.sampler])
     with or_stop(f"--steps {candidate.steps}: {candidate.model} cannot be sampled in as many"):
         pipe.scheduler.set_timesteps(candidate.steps)
-    if pixels_of(pipe) > 256**2:
+    if math.prod(image_shape(pipe)) > 256**2:
         pipe.vae.enable_slicing()  # a batch of decodes does not fit
     return pipe.to(accelerator.device, frozen_dtype(accelerator))
-
-
-def pixels_of(pipe) -> int:
-    """Pixels of an image at the pipeline's own size."""
-    _, height, width = latent_shape(pipe)
-    return height * width * pipe.vae_scale_factor**2
 
 
 def digest(value) -> str:
@@ -948,7 +944,9 @@ class Pair:
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1]."""
         latents = (z / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
-        parts = latents.split(max(1, 2**20 // pixels_of(self.pipe)))  # a batch of large decodes does not fit
+        parts = latents.split(
+            max(1, 2**20 // math.prod(image_shape(self.pipe)))
+        )  # a batch of large decodes does not fit
         return (torch.cat([self.pipe.vae.decode(part, return_dict=False)[0] for part in parts]) / 2 + 0.5).clamp(0, 1)
 
     def disagreement(self, z_t: Tensor, j: int, cond: dict) -> Tensor:
@@ -988,14 +986,15 @@ def shift_gap(ev: Evaluation, pair: Pair, seed: int) -> dict:
     forward-diffused ones of the same captions (Frechet distance of latents pooled to 4 x 4, and each channel's mean and
     std), and how much student and teacher disagree about x on both. Beside it the same of latents that the teacher
     visits, which guidance moves too, and of forward-diffused latents of other images: what no shift gives for so many."""
-    dataset, timesteps = load_images(pair.data)[0], pair.grid[:-1]
+    dataset, timesteps = open_rows(pair.data).train, pair.grid[:-1]
     order, rng = torch.Generator().manual_seed(0), torch.Generator(pair.device)
     n, order = min(ev.args.num_images, len(dataset) // 2), torch.randperm(len(dataset), generator=order)
     latents = LatentData(dataset, pair.teacher_pipe, pair.encoder, ev.args.batch_size, 0, 0, 1, rng, cache=False)
 
     def forward(rows: Tensor, noise: str) -> tuple[list[Tensor], Tensor]:
         """Forward-diffused states at each t, and the captions' token ids; rows of the shuffled data."""
-        moments, ids = latents.encode(order[rows])
+        samples = [decode(dataset[int(i)], image_shape(pair.pipe)) for i in order[rows]]
+        moments, ids = latents.encode(latents.usable(samples))
         mean, std = moments.unbind(dim=1)
         x, eps = (noise_of(rows, mean.shape[1:], seed_of(seed, noise, what)).to(pair.device) for what in ("x", "eps"))
         x = (mean + std * x) * latents.scaling

@@ -203,7 +203,7 @@ def save_student(run: Run, unet) -> None:
 
         layers = get_peft_model_state_dict(unet)
         replace_folder(run.out / "lora", lambda folder: run.pipe.save_lora_weights(folder, unet_lora_layers=layers))
-        run.pipe.unet = load_pipeline(run.args.teacher).unet
+        run.pipe.unet = load_pipeline(run.args.teacher, resolution=run.args.resolution).unet
         run.pipe.load_lora_weights(run.out / "lora")
         run.pipe.fuse_lora()
         run.pipe.unload_lora_weights()

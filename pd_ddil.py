@@ -270,7 +270,9 @@ class Evaluation:
         pictures. Made once and kept in a file of the run."""
         run, args = self.run, self.run.args
         if not self.file.exists():
-            gc = run.model(load_pipeline(str(self.gc)).unet.to(run.device), "v_prediction")
+            gc = run.model(
+                load_pipeline(str(self.gc), resolution=run.args.resolution).unet.to(run.device), "v_prediction"
+            )
             steps = [args.teacher_steps, *map(int, halvings(args.teacher_steps, args.student_steps))]
             ends = {str(n): self.end_points(gc, n) for n in steps} | {f"grid_{n}": self.grid_row(gc, n) for n in steps}
             if run.accelerator.is_main_process:
@@ -358,7 +360,7 @@ def check_args(args) -> None:
 
 def open_phase(run: Run, phase: Phase, folder: Path) -> tuple[Model, Model, torch.nn.Module]:
     """(network, teacher, student's UNet) of a phase that distils the pipeline in `folder`."""
-    pipe = load_pipeline(str(folder))
+    pipe = load_pipeline(str(folder), resolution=run.args.resolution)
     student = with_w_embedding(pipe.unet) if phase.name == "gc" else copy.deepcopy(pipe.unet)  # Alg. 3 line 2
     network = run.model(run.frozen(pipe.unet), pipe.scheduler.config.prediction_type)
     guided = network if phase.name.isdigit() else with_guidance(network, run.null)

@@ -2,25 +2,18 @@
 
 import ast
 import builtins
-import io
-import json
-import shutil
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, save_tar
-from datasets import load_dataset
+from conftest import ROOT
 from diffusers import (
     DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline,
 )  # fmt: skip
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import common
-from common import (CLEAN, LatentData, NoiseSchedule, PromptEncoder, SamplingPrior, StreamedData, TrajectoryBuffer, add_noise, combine_guidance, consistency_function, consistency_rollout, ddim_step, drop_prompts, eps_from_v, forward_states, guidance_embedding, load_images, load_pipeline, load_schedule, measure_support, mixed_rollout, moved_fraction, noise_of, open_data, reflect, rotation, student_rollout, teacher_rollout, timestep_grid, v_from_prediction, with_guidance, x_from_v)
+from common import (CLEAN, NoiseSchedule, PromptEncoder, SamplingPrior, TrajectoryBuffer, add_noise, combine_guidance, consistency_function, consistency_rollout, ddim_step, drop_prompts, eps_from_v, forward_states, guidance_embedding, load_pipeline, load_schedule, measure_support, mixed_rollout, moved_fraction, noise_of, reflect, rotation, student_rollout, teacher_rollout, timestep_grid, v_from_prediction, x_from_v)
 
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 SD = NoiseSchedule.from_alphas_cumprod(DDPMScheduler(**SD_BETAS).alphas_cumprod)
@@ -744,289 +737,12 @@ def test_prompts_are_the_same_from_memory(teacher_folder):
             assert len(prompts.memo) <= max(memo, len(batch))
 
 
-# --- data ---
-
-
-def latent_data(teacher_folder, data_folder, rank=0, n_ranks=1, cache=False, batch_size=4, seed=0) -> LatentData:
-    pipe, (dataset, _) = load_pipeline(str(teacher_folder)), load_images(str(data_folder))
-    prompts = PromptEncoder(pipe, "cpu")
-    return LatentData(dataset, pipe, prompts, batch_size, seed, rank, n_ranks, seeded(rank), cache)
-
-
-def test_data_has_a_held_out_split(data_folder):
-    train, captions = load_images(str(data_folder))
-    assert len(train) == 40 and sorted(train["caption"])[0] == "image 0 of train"
-    assert sorted(captions) == [f"image {i} of test" for i in range(8)]
-
-
-def test_data_without_a_test_split_holds_out_its_end(data_folder):
-    train, captions = load_images(str(data_folder / "train"))
-    assert len(train) == 36 and len(captions) == 4
-    assert not set(train["caption"]) & set(captions)
-
-
-def test_parquet_data(data_folder, tmp_path):
-    import datasets
-
-    table = datasets.load_dataset(str(data_folder))["train"].rename_column("caption", "text")
-    table.to_parquet(str(tmp_path / "train.parquet"))
-    train, _ = load_images(str(tmp_path))
-    assert set(train.column_names) == {"image", "caption"} and len(train) == 36
-
-
-
-
-def test_ranks_share_no_sample(teacher_folder, data_folder):
-    """40 images, 2 ranks, batches of 4: five batches on each rank make an epoch, with every image once."""
-    ranks = [latent_data(teacher_folder, data_folder, rank, 2) for rank in range(2)]
-    epochs = [[torch.cat([data.rows(k) for k in range(5 * e, 5 * e + 5)]) for data in ranks] for e in range(3)]
-    for epoch in epochs:
-        assert torch.cat(epoch).sort().values.tolist() == list(range(40))
-    assert not torch.equal(epochs[0][0], epochs[1][0])  # each epoch in another order
-
-
-def test_epochs_run_on_where_batches_do_not_divide(teacher_folder, data_folder):
-    ranks = [latent_data(teacher_folder, data_folder, rank, 2, batch_size=3) for rank in range(2)]
-    seen = torch.cat([data.rows(k) for k in range(20) for data in ranks])  # 120 = 3 epochs
-    assert seen.bincount().tolist() == [3] * 40
-
-
-def test_data_goes_on_at_batch_k(teacher_folder, data_folder):
-    data, resumed = (latent_data(teacher_folder, data_folder) for _ in range(2))
-    batches = [data.next() for _ in range(13)]
-    resumed.k = 11
-    assert torch.equal(resumed.rows(11), data.rows(11))
-    assert torch.equal(resumed.next()[1], batches[11][1])  # token ids; the latents follow the noise generator too
-    assert resumed.k == 12
-
-
-def save_as(kind: str, folder, data_folder):
-    """The training images of data_folder, in three shards where the kind has shards."""
-    from datasets import load_dataset
-
-    if kind == "imagefolder":
-        return data_folder
-    folder.mkdir()
-    rows = load_dataset(str(data_folder))["train"]
-    if kind == "parquet":
-        for i in range(3):
-            rows.shard(3, i).to_parquet(str(folder / f"train-{i}-of-3.parquet"), batch_size=4)
-        load_dataset(str(data_folder))["test"].to_parquet(str(folder / "test.parquet"))
-        return folder
-    for i in range(3):
-        save_tar(folder / f"train-{i:03d}.tar", rows.shard(3, i))
-    return folder
-
-
-def captions_of(data, n_batches: int) -> list[str]:
-    """Of the next batches; the tokenizer of these tests is invertible."""
-    tokenizer = data.prompts.tokenizers[0]
-    return [tokenizer.decode(ids[0], skip_special_tokens=True).replace(" ", "") for _ in range(n_batches) for ids in data.next()[1]]
-
-
-def open_kind(kind, streaming, folder, teacher_folder, rank=0, n_ranks=2, cache=False, batch_size=4):
-    pipe = load_pipeline(str(teacher_folder))
-    pipe.tokenizer.model_max_length = 64  # or captions are cut
-    args = SimpleNamespace(streaming=streaming, batch_size=batch_size, seed=0)
-    dataset, held_out = load_images(str(folder), streaming=streaming)
-    return open_data(args, pipe, PromptEncoder(pipe, "cpu"), rank, n_ranks, seeded(rank), dataset, cache), held_out
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", ["imagefolder", "parquet", "webdataset"])
-def test_each_sample_reaches_training_once(kind, streaming, tmp_path, teacher_folder, data_folder, monkeypatch):
-    """Over two ranks and an epoch; and a rank that is resumed, anywhere in its shuffled blocks, goes on at the next sample."""
-    monkeypatch.setattr(StreamedData, "BLOCK", 7)
-    monkeypatch.setattr("common.HELD_OUT", 4)  # of the tars, which have no test split
-    folder, seen = save_as(kind, tmp_path / kind, data_folder), []
-    for rank in range(2):
-        data, held_out = open_kind(kind, streaming, folder, teacher_folder, rank, batch_size=2)
-        before = captions_of(data, 5)
-        position = torch.load(io.BytesIO(saved(data.position())), weights_only=True)
-        after = captions_of(data, 5)
-        resumed, _ = open_kind(kind, streaming, folder, teacher_folder, rank, batch_size=2)
-        resumed.restore(position)
-        assert captions_of(resumed, 5) == after
-        seen += (before + after)[: 18 if kind == "webdataset" else 20]
-    assert len(seen) == len(set(seen)) and not set(seen) & {caption.replace(" ", "") for caption in held_out}
-    assert len(seen) == (36 if kind == "webdataset" else 40)
-
-
-@pytest.mark.parametrize("files", [2, 20, 3])
-def test_ranks_share_the_files_of_a_stream(files, tmp_path, teacher_folder, data_folder, monkeypatch, capsys):
-    """Of few files that cannot be shared evenly, each reads all. Held-out captions, the first of the stream, are in no rank's."""
-    monkeypatch.setattr("common.HELD_OUT", 2)
-    rows, seen = load_dataset(str(data_folder))["train"], []
-    for i in range(files):
-        save_tar(tmp_path / f"{i:02d}.tar", rows.shard(files, i))
-    for rank in range(2):
-        data, held_out = open_kind("webdataset", True, tmp_path, teacher_folder, rank, batch_size=1)
-        seen += captions_of(data, len(data.block))  # an epoch
-    assert ("2 processes read all 3 files each" in capsys.readouterr().err) == (files == 3)
-    assert len(seen) == len(set(seen)) == (38 if files == 3 else 36)  # each skips two of its files, or both together
-    assert not set(seen) & {caption.replace(" ", "") for caption in held_out}
-
-
-def saved(value) -> bytes:
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-def test_a_stream_begins_again(tmp_path, teacher_folder, data_folder, monkeypatch):
-    """Every epoch has every sample of the rank, and another order."""
-    monkeypatch.setattr(StreamedData, "BLOCK", 7)
-    data, _ = open_kind("imagefolder", True, data_folder, teacher_folder)
-    epochs = [captions_of(data, 5) for _ in range(3)]
-    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 20 for epoch in epochs)
-    assert epochs[0] != epochs[1] and data.epoch == 2
-    resumed, _ = open_kind("imagefolder", True, data_folder, teacher_folder)
-    resumed.restore(data.position())
-    assert captions_of(resumed, 7) == captions_of(data, 7)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_support_is_the_same_on_all_ranks(streaming, teacher_folder, data_folder):
-    ranks = [open_kind("imagefolder", streaming, data_folder, teacher_folder, rank)[0] for rank in range(2)]
-    a, b = (data.first_latents(16, seeded()) for data in ranks)
-    assert torch.equal(a, b) and len(a) == 16
-    captions_of(ranks[0], 5), captions_of(ranks[1], 5)  # which is still there, whole
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_images_are_decoded_ahead(streaming, teacher_folder, data_folder, monkeypatch):
-    """Those of the next batch while this one is trained on: once each, without a change to what comes, and not for prompts alone."""
-    decoded, decode = [], common.decode
-    monkeypatch.setattr(common, "decode", lambda row, size: decoded.append(row["caption"] if "image" in row else None) or decode(row, size))
-    data, _ = open_kind("imagefolder", streaming, data_folder, teacher_folder, n_ranks=1)
-    data.next_ids()
-    assert set(decoded) == {None}
-    decoded.clear()
-    batches = []
-    for i in range(4):
-        batches += captions_of(data, 1)
-        [future.result() for futures in data.ahead.values() for future in futures]
-        assert len(decoded) == 4 * (i + 2)
-    assert [caption.replace(" ", "") for caption in decoded[:16]] == batches
-    data.next_ids()  # takes the place of what was decoded ahead, and decodes nothing more
-    assert decoded[20:] == [None] * 4
-    fresh, _ = open_kind("imagefolder", streaming, data_folder, teacher_folder, n_ranks=1)
-    for _ in range(6):
-        fresh.next_ids()
-    (_, ids), (_, expected) = data.next(), fresh.next()
-    assert torch.equal(ids, expected)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_unusable_samples_are_skipped_and_reported(streaming, tmp_path, teacher_folder, data_folder, capsys):
-    folder = tmp_path / "data"
-    shutil.copytree(data_folder, folder)
-    for i in (3, 17, 30):
-        (folder / "train" / f"{i:03d}.png").write_bytes(b"no image")
-    data, _ = open_kind("imagefolder", streaming, folder, teacher_folder, n_ranks=1)
-    seen = captions_of(data, 10)
-    assert not {f"image{i}oftrain" for i in (3, 17, 30)} & set(seen) and len(set(seen)) >= 36
-    assert "skipped 1 x unreadable image" in capsys.readouterr().err
-    for i in range(5, 25):
-        (folder / "train" / f"{i:03d}.png").write_bytes(b"no image")
-    with pytest.raises(SystemExit, match=r"--data: [5-8] among the first \d+ .* cannot be used: [5-8] x unreadable image"):
-        data, _ = open_kind("imagefolder", streaming, folder, teacher_folder, n_ranks=1)
-        captions_of(data, 10)
-
-
-def test_sizes_of_images_condition_sdxl(xl_folder, tmp_path):
-    """Original size, corner of the central crop in the image as it is scaled, target size: as diffusers' SDXL training scripts.
-    Rollouts, which have no image, and the unconditional branch see what the pipeline gives."""
-    folder = tmp_path / "train"
-    folder.mkdir()
-    sizes = [(96, 32), (32, 64), (20, 20)]  # width, height
-    for i, size in enumerate(sizes):
-        Image.new("RGB", size).save(folder / f"{i}.png")
-    captions = [{"file_name": f"{i}.png", "caption": "a"} for i in range(3)]
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in captions))
-    dataset = load_dataset(str(folder))["train"]
-    pipe = load_pipeline(str(xl_folder))
-    prompts = PromptEncoder(pipe, "cpu")
-    for cache in (False, True):
-        data = LatentData(dataset, pipe, prompts, 3, 0, 0, 1, seeded(), cache)
-        ids = data.encode(torch.arange(3))[1]
-        assert prompts.encode(ids)["time_ids"].tolist() == [[32, 96, 0, 32, 32, 32], [64, 32, 16, 0, 32, 32], [20, 20, 0, 0, 32, 32]]
-        assert prompts.encode(data.next_ids())["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 3
-    seen = []
-    guided = with_guidance(lambda z_t, t, cond: seen.append(cond["time_ids"]) or z_t, prompts.null())
-    guided(torch.zeros(3, 4, 8, 8), torch.zeros(3, dtype=torch.long), prompts.encode(ids) | {"w": torch.ones(3)})
-    assert torch.equal(seen[0], prompts.encode(ids)["time_ids"].repeat(2, 1))
-
-
 def test_half_precision_files(teacher_folder, tmp_path):
     """A folder that holds the fp16 variant alone, as some are published."""
     pipe = DiffusionPipeline.from_pretrained(teacher_folder, dtype=torch.float16)
     pipe.save_pretrained(tmp_path, variant="fp16")
     assert not list(tmp_path.glob("unet/diffusion_pytorch_model.safetensors"))
     assert next(load_pipeline(str(tmp_path)).unet.parameters()).dtype == torch.float32
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_columns_can_be_named(streaming, tmp_path, data_folder, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr("common.HELD_OUT", 4)
-
-    rows = datasets.load_dataset(str(data_folder))["train"]
-    rows = rows.add_column("thumbnail", [None] * 40).rename_columns({"image": "photo", "caption": "alt"})
-    rows.to_parquet(str(tmp_path / "train.parquet"))
-    found, _ = load_images(str(tmp_path), streaming=streaming, image_column="photo", caption_column="alt")
-    assert set(next(iter(found))) == {"image", "caption"}
-    with pytest.raises(SystemExit, match=r"--caption_column text: .*'alt'"):
-        load_images(str(tmp_path), streaming=streaming, caption_column="text")
-    with pytest.raises(SystemExit, match="has no captions"):
-        load_images(str(tmp_path), streaming=streaming)
-
-
-def test_latents_on_disk_serve_later_runs(teacher_folder, data_folder, tmp_path, monkeypatch):
-    """Neither VAE nor images are asked again; another VAE has a cache of its own; unusable samples are left out."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "data"
-    shutil.copytree(data_folder, folder)
-    (folder / "train" / "003.png").write_bytes(b"no image")
-    first, _ = open_kind("imagefolder", False, folder, teacher_folder, n_ranks=1, cache=True)
-    assert len(first.cache) == 39
-    with monkeypatch.context() as patched:
-        patched.setattr(LatentData, "encode_samples", None)
-        again, _ = open_kind("imagefolder", False, folder, teacher_folder, n_ranks=1, cache=True)
-        batches = [(first.next(), again.next()) for _ in range(3)]
-        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in batches)
-    other = tmp_path / "teacher"
-    shutil.copytree(teacher_folder, other)
-    weights = load_file(other / "vae" / "diffusion_pytorch_model.safetensors")
-    save_file({name: 1.01 * value for name, value in weights.items()}, other / "vae" / "diffusion_pytorch_model.safetensors")
-    changed, _ = open_kind("imagefolder", False, folder, other, n_ranks=1, cache=True)
-    assert not np.array_equal(changed.cache[0]["moments"], first.cache[0]["moments"])
-
-
-
-
-def test_cached_latents_equal_encoded_ones(teacher_folder, data_folder):
-    data, cached = (latent_data(teacher_folder, data_folder, cache=cache) for cache in (False, True))
-    for _ in range(3):
-        (x, ids), (x_cached, ids_cached) = data.next(), cached.next()
-        assert max_error(x, x_cached) < 1e-4 and torch.equal(ids, ids_cached)
-
-
-def test_latents_equal_the_vae_s(teacher_folder, data_folder):
-    """Mean over many draws = scaling * posterior mean of the image that diffusers' own processor makes."""
-    data = latent_data(teacher_folder, data_folder)
-    pipe = DiffusionPipeline.from_pretrained(teacher_folder, safety_checker=None)
-    index = torch.tensor([7])
-    with torch.no_grad():
-        pixels = pipe.image_processor.preprocess(data.dataset[7]["image"])
-        posterior = pipe.vae.encode(pixels).latent_dist
-    draws = torch.cat([data.sample(index, seeded(i))[0] for i in range(200)])
-    scale = pipe.vae.config.scaling_factor
-    spread = scale * posterior.std / 200**0.5
-    assert ((draws.mean(dim=0) - scale * posterior.mean).abs() < 6 * spread + 1e-5).all()
 
 
 def test_noise_belongs_to_its_index():

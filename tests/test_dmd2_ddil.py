@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 import dmd2_ddil
 from common import LatentData, NoiseSchedule, PromptEncoder, Run, SamplingPrior, UNetModel, add_noise, betas_of
 from common import lcm_scheduler
-from common import consistency_function, forward_states, last_checkpoint, load_images, load_pipeline, load_schedule
+from common import consistency_function, forward_states, last_checkpoint, latent_shape, load_pipeline, load_schedule, open_rows
 from common import load_state, noise_of, priors_of, seed_of, timestep_grid, with_guidance
 from dmd2_ddil import Critic, GANHead, critic_step, draw_movers, draw_transitions, make_head, matching_gradient
 from dmd2_ddil import parse_args, reflect_value, student_states, student_step
@@ -122,7 +122,7 @@ def test_critic_s_loss():
 @pytest.mark.parametrize("channels, size", [(16, 1), (16, 2), (32, 4), (48, 8), (64, 16), (32, 24), (32, 32)])
 def test_head_fits_any_resolution_and_tells_samples_apart(channels, size):
     torch.manual_seed(0)
-    logits = GANHead(channels, size)(torch.randn(64, channels, size, size))
+    logits = GANHead(channels, size, size)(torch.randn(64, channels, size, size))
     assert logits.shape == (64, 1, 1, 1) and logits.std() > 1e-2
 
 
@@ -195,11 +195,11 @@ def test_plain_dmd2_equals_a_short_independent_loop(parts, teacher_folder, data_
     with backward simulation, which knows no prior, source or threshold. (Products with powers of two are exact.)"""
     B, flags = 4 // parts, "--p_student 1 --reflect none --no-lr_decay --gan_weight 0.25 --critic_gan_weight 0.5"
     dmd2_here(tmp_path, teacher_folder, data_folder, f"{flags} --seed 3 --batch_size {B}")
-    pipe, (dataset, _) = load_pipeline(str(teacher_folder)), load_images(str(data_folder))
+    pipe, rows = load_pipeline(str(teacher_folder)), open_rows(str(data_folder)).train
     schedule, prompts, noise = load_schedule(pipe), PromptEncoder(pipe, "cpu"), seeded(seed_of(3, "rank", 0))
-    data = LatentData(dataset, pipe, prompts, B, 3, 0, 1, noise, cache=True)
+    data = LatentData(rows, pipe, prompts, B, 3, 0, 1, noise, cache=True)
     torch.manual_seed(seed_of(3, "head"))
-    modules = copy.deepcopy(pipe.unet), Critic(copy.deepcopy(pipe.unet), make_head(pipe.unet))
+    modules = copy.deepcopy(pipe.unet), Critic(copy.deepcopy(pipe.unet), make_head(pipe.unet, latent_shape(pipe)))
     [module.requires_grad_(True).train() for module in modules]
     student, critic = (UNetModel(module, schedule, "epsilon", torch.enable_grad) for module in modules)
     real = with_guidance(UNetModel(pipe.unet, schedule, "epsilon", torch.no_grad), prompts.null())
@@ -336,7 +336,7 @@ ENDS = """
 --teacher @zero_snr                          | predicts epsilon and has zero terminal SNR
 --teacher @zero_snr_v --fake_init @zero_snr  | predicts epsilon and has zero terminal SNR
 --gan_weight 1                               | --mixed_precision fp16: too coarse for the GAN's gradient
---data @prompts --reflect none               | has no images; its columns
+--data @prompts --reflect none               | has no images (1 .txt
 """
 
 

@@ -13,7 +13,7 @@ from toys import stock_latents
 import lcm_ddil
 from common import CLEAN, LatentData, PromptEncoder, Run, SamplingPrior, StopRequest, UNetModel, add_noise, betas_of
 from common import lcm_scheduler
-from common import consistency_function, ddim_step, load_images, load_pipeline, load_schedule, part_of, priors_of
+from common import consistency_function, ddim_step, load_pipeline, load_schedule, open_rows, part_of, priors_of
 from common import rotation, seed_of, select, timestep_grid, with_guidance, with_w_embedding
 from lcm_ddil import consistency_step, draw_cond, draw_stop, networks_of, parse_args, rollout_batch
 from lcm_ddil import sampler_timesteps
@@ -160,9 +160,9 @@ def test_plain_lcm_equals_a_short_independent_loop(flags, teacher_folder, data_f
     lcm_here(tmp_path, teacher_folder, data_folder, f"--p_forward 1 --reflect none --seed 3 {flags}")
     args, noise = parse_args(flags.split()), seeded(seed_of(3, "rank", 0))
     B, grid = args.batch_size or 4, torch.tensor([*timestep_grid(args.teacher_steps, "trailing"), CLEAN])
-    pipe, (dataset, _) = load_pipeline(str(teacher_folder)), load_images(str(data_folder))
+    pipe, rows = load_pipeline(str(teacher_folder)), open_rows(str(data_folder)).train
     schedule, prompts = load_schedule(pipe), PromptEncoder(pipe, "cpu")
-    data, null = LatentData(dataset, pipe, prompts, B, 3, 0, 1, noise, cache=True), prompts.null()
+    data, null = LatentData(rows, pipe, prompts, B, 3, 0, 1, noise, cache=True), prompts.null()
     unet = with_w_embedding(pipe.unet).requires_grad_(True).train()
     ema, optimizer = copy.deepcopy(unet), torch.optim.AdamW(unet.parameters())
     student = UNetModel(unet, schedule, "epsilon", torch.enable_grad)

@@ -13,7 +13,7 @@ from toys import BOX, MEAN, SCHEDULE, STD, clamped, gaussian_model, max_error, n
 from toys import paths, randn, seeded, stock_latents
 
 import pd_ddil
-from common import CLEAN, LatentData, PromptEncoder, Run, UNetModel, add_noise, ddim_step, load_images, load_pipeline
+from common import CLEAN, LatentData, PromptEncoder, Run, UNetModel, add_noise, ddim_step, load_pipeline, open_rows
 from common import load_schedule, rotation, seed_of, teacher_rollout, timestep_grid, with_guidance, with_w_embedding
 from pd_ddil import DAgger, Phase, collect, dagger_batch, forward_batch, guidance_step, parse_args, pd_step, plan_phases
 from pd_ddil import open_phase, teacher_landing, v_step
@@ -192,9 +192,9 @@ def test_plain_pd_equals_a_short_independent_loop(B, teacher_folder, data_folder
     conditioning and Salimans & Ho's distillation, which knows no prior, buffer or threshold. It refuses to be another run."""
     flags = f"--p_forward 1 --reflect none --seed 3 --teacher_steps 4 --student_steps 2 --batch_size {B}"
     pd_here(tmp_path, teacher_folder, data_folder, f"{flags} --updates v=3 gc=4 2=4,3")
-    pipe, (dataset, _) = load_pipeline(str(teacher_folder)), load_images(str(data_folder))
+    pipe, rows = load_pipeline(str(teacher_folder)), open_rows(str(data_folder)).train
     schedule, prompts, noise = load_schedule(pipe), PromptEncoder(pipe, "cpu"), seeded(seed_of(3, "rank", 0))
-    data, unet, predicts = LatentData(dataset, pipe, prompts, B, 3, 0, 1, noise, cache=True), pipe.unet, "epsilon"
+    data, unet, predicts = LatentData(rows, pipe, prompts, B, 3, 0, 1, noise, cache=True), pipe.unet, "epsilon"
 
     def loss_of(phase, x, cond):
         if phase == "2":

@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import common
-from common import CLEAN, PromptEncoder, UNetModel, last_checkpoint, load_images, load_pipeline, load_schedule
+from common import CLEAN, PromptEncoder, UNetModel, last_checkpoint, load_pipeline, load_schedule, open_rows
 from common import noise_of, student_rollout, timestep_grid, with_guidance
 
 SMALL = "--global_batch_size 4 --warmup 1 --log_every 1 --save_every 3 --learning_rate 1e-3"
@@ -128,7 +128,7 @@ def take_notes(file) -> None:
         return noted
 
     common.SamplingPrior.draw = noting("sources", common.SamplingPrior.draw, lambda prior, source: source)
-    common.LatentData.rows = noting("rows", common.LatentData.rows, lambda data, rows: rows.tolist())
+    common.ShuffledRows.read = noting("rows", common.ShuffledRows.read, lambda _, read: read[0]["moments"].tolist())
     common.Run.log = noting("forwards", common.Run.log, lambda run, _: run.progress["forwards"])
 
 
@@ -206,7 +206,7 @@ def test_forwards_of_pd(finished):
 def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, data):
     """A saved stage in plain diffusers gives our rollout's images within 1/255: w embedding, grid, clean end. Its paired
     error is the RMS distance to stages/gc at 8 steps, from the same noise, held-out prompts and w."""
-    captions, z = load_images(str(data))[1], noise_of(range(4), (4, 8, 8), seed=1)
+    captions, z = open_rows(str(data)).held_out, noise_of(range(4), (4, 8, 8), seed=1)
     w = 2 + 3 * torch.rand(4, generator=torch.Generator().manual_seed(1))
 
     def end_points(stage, steps, w):
@@ -295,8 +295,8 @@ def test_ranks_are_in_step_and_apart(script, finished):
     assert first["sources"] == second["sources"] and len(set(first["sources"])) > 1
     shown = [float(row["unet_forwards"]) for row in rows_of(folder) if row["unet_forwards"]]
     assert first["forwards"] == second["forwards"] and shown == pytest.approx([2 * n for n in first["forwards"]])
-    rows = [row for rank in (first, second) for batch in rank["rows"][:10] for row in batch]  # 40 images: an epoch
-    assert len(rows) > 30 and len({*rows}) == len(rows)
+    rows = [str(row) for rank in (first, second) for row in rank["rows"][:20]]  # 40 images: an epoch
+    assert len({*rows}) == len(rows) == 40
     ours, theirs = (torch.load(last_checkpoint(folder / "checkpoints") / f"rank-{rank}.pt") for rank in range(2))
     assert torch.equal(ours["shared"], theirs["shared"]) and not torch.equal(ours["noise"], theirs["noise"])
 
@@ -327,7 +327,7 @@ BAD = """
 --teacher lcm                     | predicts epsilon and has a w embedding
 --teacher zero_snr                | predicts epsilon and has zero terminal SNR
 --teacher truncated               | cannot be loaded
---data no/such/folder             | --data no/such/folder: no such folder
+--data no/such/folder             | --data no/such/folder: no such file or folder
 --data no_images                  | has no images
 --recipe sd21                     | argument --recipe: invalid choice: 'sd21'
 --teacher_step 32                 | unrecognized arguments: --teacher_step

@@ -1,0 +1,524 @@
+"""Data as people have it: each layout that the field's tools write is read, each odd file costs its own sample and no other,
+and the stream of batches is exact: every sample of an epoch once, none on two ranks, and on at the next one when resumed."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, change_json, refusal, run_here, save_images
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from toys import max_error, seeded
+
+import common
+from common import LatentData, PromptEncoder, StreamedRows, decode, load_pipeline, open_image, open_rows, with_guidance
+
+CAPTIONS = [f"image {i}" for i in range(24)]
+
+
+def image_bytes(image, kind="PNG", **settings) -> bytes:
+    image.save(file := io.BytesIO(), kind, **settings)
+    return file.getvalue()
+
+
+def picture(i: int, kind="PNG") -> bytes:
+    return image_bytes(Image.new("RGB", (40, 32), (10 * i, 255 - 10 * i, 90)), kind)
+
+
+def write_tar(file, members) -> None:
+    """Members: (name, bytes)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def write(file, content) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content) if isinstance(content, bytes) else file.write_text(content)
+
+
+def pairs(kind=lambda i: "png", text=lambda caption: {"txt": caption}, start="", name=lambda i: f"{i:04d}"):
+    """Members of a tar: an image of a kind, and a text in files of their own, for each caption."""
+    for i, caption in enumerate(CAPTIONS):
+        pillow = {"jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}.get(kind(i).lower(), "PNG")
+        yield f"{start}{name(i)}.{kind(i)}", picture(i, pillow)
+        yield from ((f"{start}{name(i)}.{end}", content.encode()) for end, content in text(caption).items())
+
+
+def table(folder, file="train.parquet", image="image", caption="caption", values=None, **columns):
+    values = values or [{"bytes": picture(i), "path": None} for i in range(24)]
+    rows = datasets.Dataset.from_dict({image: values, caption: CAPTIONS, **columns})
+    folder.mkdir(parents=True, exist_ok=True)
+    {"parquet": rows.to_parquet, "csv": rows.to_csv, "jsonl": rows.to_json}[file.rpartition(".")[2]](str(folder / file))
+
+
+def files(folder, name=lambda i: f"{i:04d}.png", text=None) -> list[str]:
+    """Image files, with a text beside each of this ending."""
+    for i, caption in enumerate(CAPTIONS):
+        write(folder / name(i), picture(i))
+        if text:
+            write((folder / name(i)).with_suffix(text), caption)
+    return [name(i) for i in range(24)]
+
+
+def img2dataset(folder):
+    for s in range(2):
+        members = [*pairs(lambda i: "jpg", lambda c: {"json": json.dumps({"caption": c, "url": "u"}), "txt": c})]
+        write_tar(folder / f"{s:05d}.tar", members[36 * s : 36 * s + 36])
+        table(folder, f"{s:05d}.parquet", image="url", values=["u"] * 24)
+        write(folder / f"{s:05d}_stats.json", json.dumps({"count": 12}))
+
+
+def imagefolder(folder, kind="jsonl"):
+    names = files(folder / "train")
+    table(folder / "train", f"metadata.{kind}", image="file_name", values=names)
+
+
+def splits(folder):
+    table(folder, "data/train-00000-of-00001.parquet".replace("data/", ""))
+    table(folder, "validation-00000.parquet")
+
+
+def nested(folder):
+    for i, caption in enumerate(CAPTIONS):
+        write(folder / f"{i % 3}_digit" / f"{i:03d}.png", picture(i))
+        write(folder / f"{i % 3}_digit" / f"{i:03d}.caption", caption)
+
+
+json_of = lambda key: lambda caption: {"json": json.dumps({key: caption, "score": 0.5})}
+mixed = lambda i: ("jpg", "png", "webp", "JPEG")[i % 4]
+LAYOUTS = {
+    "img2dataset": img2dataset,
+    "webdataset": lambda folder: write_tar(folder / "0.tar", pairs()),
+    "a single tar": lambda folder: write_tar(folder / "0.tar", pairs()),
+    "json alone, caption": lambda folder: write_tar(folder / "0.tar", pairs(text=json_of("caption"))),
+    "json alone, prompt": lambda folder: write_tar(folder / "0.tar", pairs(text=json_of("Prompt"))),
+    "mixed kinds in folders": lambda folder: write_tar(folder / "0.tar", pairs(mixed, start="a/b/")),
+    "keys with dots": lambda folder: write_tar(folder / "0.tar", pairs(name=lambda i: f"x.{i}")),
+    "input and outputs": lambda folder: write_tar(
+        folder / "0.tar", [(n.replace(".png", ".input.png").replace(".txt", ".out.txt"), b) for n, b in pairs()]
+    ),
+    "absolute and .. names": lambda folder: write_tar(folder / "0.tar", pairs(start="/../../tmp/evil/")),
+    "tars in folders": lambda folder: write_tar(folder / "a" / "b" / "0.tar", pairs()),
+    "caption members": lambda folder: write_tar(folder / "0.tar", pairs(text=lambda c: {"caption": c})),
+    "imagefolder, jsonl": imagefolder,
+    "imagefolder, csv": lambda folder: imagefolder(folder, "csv"),
+    "imagefolder, parquet": lambda folder: imagefolder(folder, "parquet"),
+    "image and txt": lambda folder: files(folder, text=".txt"),
+    "image and caption, in folders": nested,
+    "parquet of images": lambda folder: datasets.Dataset.from_dict(
+        {"image": [{"bytes": picture(i), "path": None} for i in range(24)], "text": CAPTIONS},
+        features=datasets.Features(image=datasets.Image(), text=datasets.Value("string")),
+    ).to_parquet(folder / "train.parquet"),
+    "parquet of structs": table,
+    "parquet of bytes": lambda folder: table(folder, image="jpg", values=[picture(i) for i in range(24)]),
+    "TEXT in capitals": lambda folder: table(folder, caption="TEXT", image="IMAGE"),
+    "paths in jsonl": lambda folder: table(folder, "train.jsonl", values=files(folder, lambda i: f"images/{i}.png")),
+    "paths in csv": lambda folder: table(folder, "all.csv", image="path", values=files(folder, lambda i: f"i/{i}.png")),
+    "absolute paths": lambda folder: table(folder, values=[str(folder / name) for name in files(folder)]),
+    "lists of captions": lambda folder: table(folder, caption="captions", prompt=[[c, c] for c in CAPTIONS]),
+    "more columns": lambda folder: table(folder, score=[0.5] * 24, url=["u"] * 24),
+    "save_to_disk": lambda folder: datasets.Dataset.from_dict(
+        {"image": [picture(i) for i in range(24)], "caption": CAPTIONS}
+    ).save_to_disk(folder),
+    "splits": splits,
+    "hidden files beside": lambda folder: (files(folder, text=".txt"), write(folder / ".cache" / "x.tar", b"")),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_read(layout, streaming, tmp_path):
+    """Every image under its own caption; held-out captions are not trained on."""
+    (folder := tmp_path / "data").mkdir()
+    LAYOUTS[layout](folder)
+    rows = open_rows(str(folder / "0.tar" if layout == "a single tar" else folder), streaming=streaming)
+    assert rows.held_out
+    seen = {}
+    for row in rows.train:
+        reason, sample = decode(row, (32, 40))
+        assert reason is None
+        seen[sample["caption"]] = sample["pixels"][5, 5, 0]
+    assert len(seen) == 24 if layout == "splits" else set(seen) == set(CAPTIONS) - set(rows.held_out)
+    for caption, red in seen.items():
+        assert abs(int(red) - 10 * int(caption.split()[1])) <= 3
+
+
+PROMPTS = {"file": "prompts.txt", "folder": "a/prompts.txt", "table": "rows.csv"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_alone(kind, streaming, tmp_path):
+    lines = ["caption"] * (kind == "table") + [*CAPTIONS, ""]
+    write(tmp_path / PROMPTS[kind], "\n".join(lines))
+    name = str(tmp_path / PROMPTS[kind] if kind == "file" else tmp_path)
+    rows = open_rows(name, need_images=False, streaming=streaming)
+    assert {row["caption"] for row in rows.train} == set(CAPTIONS) - set(rows.held_out)
+    with pytest.raises(SystemExit, match="has no images"):
+        open_rows(name, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_can_be_named(streaming, tmp_path):
+    table(tmp_path, image="photo", caption="alt", image_path=["nowhere"] * 24)
+    rows = open_rows(str(tmp_path), streaming=streaming, image="photo", caption="alt")
+    assert decode(next(iter(rows.train)), (8, 8))[0] is None
+    assert "'photo'" in rows.taken
+    with pytest.raises(SystemExit, match=r"--caption_column text: .*'alt'"):
+        open_rows(str(tmp_path), streaming=streaming, caption="text")
+    with pytest.raises(SystemExit, match=r"has no captions .*1 .parquet.*'alt'"):
+        open_rows(str(tmp_path), streaming=streaming)
+    write_tar(tmp_path / "tars" / "0.tar", pairs(text=json_of("alt")))
+    rows = open_rows(str(tmp_path / "tars"), streaming=streaming, caption="alt")
+    assert next(iter(rows.train))["caption"] in CAPTIONS
+
+
+def zip_of_zips(folder):
+    with zipfile.ZipFile(folder / "a.zip", "w") as outer:
+        outer.writestr("b.zip", b"PK")
+
+
+REFUSED = {  # layout, and what the line must name
+    "nothing": (lambda folder: None, "holds nothing; it must hold tars"),
+    "zip of zips": (zip_of_zips, "holds 1 .zip; it must hold tars, tables"),
+    "a broken table": (lambda folder: write(folder / "a.parquet", b"PAR1"), "cannot be read as a data set"),
+    "no captions": (lambda folder: table(folder, caption="c"), "has no captions (1 .parquet; beside it nothing)"),
+    "no images": (lambda folder: table(folder, image="score"), "has no images"),
+    "only a tar's table": (lambda folder: table(folder, image="url", values=["u"] * 24), "has no images"),
+    "images alone": (lambda folder: files(folder) and None, "no usable row (24 .png"),
+    "empty tar": (lambda folder: write_tar(folder / "0.tar", []), "cannot be read as a data set"),
+    "symlink loop": (lambda folder: os.symlink(folder, folder / "loop"), "holds nothing"),
+}
+
+
+@pytest.mark.parametrize("layout", REFUSED)
+def test_refused_layouts_are_named(layout, tmp_path):
+    (folder := tmp_path / "data").mkdir()
+    make, words = REFUSED[layout]
+    make(folder)
+    with pytest.raises(SystemExit) as refused:
+        open_rows(str(folder))
+    assert f"--data {folder}: " in refused.value.code
+    assert words in refused.value.code
+    assert "\n" not in refused.value.code
+
+
+def sixteen_bit(kind="PNG") -> bytes:
+    return image_bytes(Image.fromarray(np.full((32, 40), 30000, dtype=np.uint16)), kind)
+
+
+def rotated() -> bytes:
+    image = Image.new("RGB", (32, 40), "blue")  # red on the left as it is stored; on top when it is upright
+    image.paste("red", (0, 0, 8, 40))
+    (exif := Image.Exif())[0x0112] = 6
+    return image_bytes(image, "PNG", exif=exif)
+
+
+def palette() -> bytes:
+    image = Image.new("P", (40, 32), 0)
+    image.putpalette([200, 0, 0, 0, 0, 200])
+    return image_bytes(image, "PNG", transparency=0)
+
+
+def animated() -> bytes:
+    frames = [Image.new("RGB", (40, 32), colour) for colour in ("lime", "red")]
+    return image_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+FLOAT = image_bytes(Image.fromarray(np.full((32, 40), 0.5, dtype=np.float32)), "TIFF")
+ODD_IMAGES = {  # what is in the file: the colour at its top left, or why it cannot be used
+    "16-bit grey": (sixteen_bit(), (117, 117, 117)), "16-bit TIFF": (sixteen_bit("TIFF"), (117, 117, 117)),
+    "float TIFF": (FLOAT, "mode F"), "EXIF rotation": (rotated(), (255, 0, 0)), "animated": (animated(), (0, 255, 0)),
+    "hidden colour": (image_bytes(Image.new("RGBA", (40, 32), (255, 0, 0, 0))), (255, 255, 255)),
+    "palette, transparent": (palette(), (255, 255, 255)), "one pixel": (image_bytes(Image.new("RGB", (1, 1))), (0, 0, 0)),
+    "CMYK": (image_bytes(Image.new("CMYK", (40, 32), (0, 0, 0, 0)), "JPEG"), (255, 255, 255)),
+    "grey and alpha": (image_bytes(Image.new("LA", (40, 32), (9, 255))), (9, 9, 9)),
+    "one bit": (image_bytes(Image.new("1", (40, 32), 1)), (255, 255, 255)),
+    "cut short": (image_bytes(Image.effect_noise((64, 64), 90), "JPEG")[:900], "OSError"), "empty": (b"", "no image"),
+    "a web page": (b"<html>404</html>", "UnidentifiedImageError"), "none": (None, "no image"),
+    "20,000 pixels": (image_bytes(Image.new("1", (20000, 20000))), "DecompressionBombError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD_IMAGES)
+def test_odd_images(kind):
+    content, expected = ODD_IMAGES[kind]
+    reason, sample = decode({"image": content, "caption": "a"}, (32, 40))
+    assert expected in reason if isinstance(expected, str) else tuple(sample["pixels"][0, 20]) == expected
+
+
+ODD_CAPTIONS = {
+    "null": (None, None), "blank": ("  ", None), "a number": (7, None), "list": (["", None, "a", "b"], {"a", "b"}),
+    "empty list": ([], None), "text": ("a", {"a"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD_CAPTIONS)
+def test_odd_captions(kind):
+    value, expected = ODD_CAPTIONS[kind]
+    found = [decode({"caption": value}, (8, 8), draw) for draw in range(2)]
+    assert {reason for reason, _ in found} == ({None} if expected else {"no caption"})
+    assert not expected or {sample["caption"] for _, sample in found} == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_crawl(streaming, tmp_path, capsys):
+    """Members that are missing, cut short, empty or not UTF-8, and a tar that ends early: each costs its own sample."""
+    members, lost = [], {2: "jpg", 5: "txt"}
+    for i, caption in enumerate(CAPTIONS):
+        text = {7: b"caf\xe9 7", 9: b"", 11: b"word " * 500}.get(i, caption.encode())
+        data = {13: picture(i, "JPEG")[:90], 15: b"<html>"}.get(i, picture(i, "JPEG"))
+        members += [(f"{i}.{end}", b) for end, b in (("jpg", data), ("txt", text)) if lost.get(i) != end]
+    write_tar(tmp_path / "0.tar", members)
+    write_tar(tmp_path / "1.tar", pairs(lambda i: "jpg", start="other"))
+    cut = (tmp_path / "1.tar").read_bytes()
+    write(tmp_path / "1.tar", cut[: cut.rindex(b"\xff\xd8\xff") + 20])
+    rows = open_rows(str(tmp_path), streaming=streaming)
+    found = [decode(row, (32, 40)) for row in rows.train]
+    captions = {sample["caption"] for reason, sample in found if not reason} | set(rows.held_out)
+    assert captions >= {c for i, c in enumerate(CAPTIONS) if i not in (2, 5, 7, 9, 11, 13, 15)}
+    assert "caf\ufffd 7" in captions
+    assert 4 <= sum(reason is not None for reason, _ in found) <= 6  # and some that would be held out are passed over
+    assert "1.tar: is cut short" in capsys.readouterr().err
+
+
+# --- the stream ---
+
+
+def captions_of(data, n_batches: int, prompts=False) -> list[str]:
+    """Of the next batches; the tokenizer of these tests is invertible."""
+    tokenizer = data.prompts.tokenizers[0]
+    batches = [data.next_ids() if prompts else data.next()[1] for _ in range(n_batches)]
+    return [tokenizer.decode(ids[0], skip_special_tokens=True).replace(" ", "") for batch in batches for ids in batch]
+
+
+def open_stream(folder, teacher, streaming=False, rank=0, n_ranks=1, cache=False, batch_size=4):
+    pipe = load_pipeline(str(teacher))
+    pipe.tokenizer.model_max_length = 64  # or captions are cut
+    rows = open_rows(str(folder), streaming=streaming)
+    place = batch_size, 0, rank, n_ranks
+    return LatentData(rows.train, pipe, PromptEncoder(pipe, "cpu"), *place, seeded(rank), cache)
+
+
+def save_shards(folder, kind: str, n: int) -> Path:
+    """40 samples in n files; without a test split."""
+    rows = [(f"{i:03d}", picture(i % 24), f"image {i}") for i in range(44)]
+    for shard in range(n):
+        part = rows[shard::n]
+        if kind == "tar":
+            write_tar(
+                folder / f"{shard}.tar", [m for k, b, c in part for m in ((f"{k}.png", b), (f"{k}.txt", c.encode()))]
+            )
+        else:
+            columns = {"image": [b for _, b, _ in part], "caption": [c for _, _, c in part]}
+            folder.mkdir(exist_ok=True)
+            datasets.Dataset.from_dict(columns).to_parquet(folder / f"{shard}.parquet", batch_size=4)
+    return folder
+
+
+def saved(value):
+    torch.save(value, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_each_sample_reaches_training_once(kind, streaming, tmp_path, teacher_folder, monkeypatch):
+    """Over two ranks and two epochs; and a rank that is resumed, in the second epoch too, goes on at the next sample."""
+    monkeypatch.setattr(StreamedRows, "BLOCK", 7)
+    folder, epochs = save_shards(tmp_path / kind, kind, 4), [[], []]
+    for rank in range(2):
+        data = open_stream(folder, teacher_folder, streaming, rank, 2, batch_size=2)
+        for epoch in epochs:
+            before, position = captions_of(data, 4), saved(data.position())
+            after = captions_of(data, 5 if streaming else 6)  # streamed, each rank passes over four rows
+            resumed = open_stream(folder, teacher_folder, streaming, rank, 2, batch_size=2)
+            resumed.restore(position)
+            assert captions_of(resumed, len(after) // 2) == after
+            epoch += before + after
+    assert [len(set(epoch)) for epoch in epochs] == [36 if streaming else 40] * 2
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("n_files", [1, 2, 3, 20])
+def test_ranks_share_the_files_of_a_stream(n_files, tmp_path, teacher_folder, capsys):
+    """Of few files that cannot be shared evenly, each reads all. Held-out captions are in no rank's."""
+    folder, seen = save_shards(tmp_path / "tars", "tar", n_files), []
+    for rank in range(2):
+        data = open_stream(folder, teacher_folder, True, rank, 2, batch_size=1)
+        epoch = []
+        while data.source.epoch == 0:
+            epoch += captions_of(data, 1)
+        seen += epoch[: len(epoch) - (data.source.epoch == 1 and len(set(epoch)) < len(epoch))]
+    is_shared = n_files % 2 == 0
+    assert (f"2 processes read all {n_files} files each" in capsys.readouterr().err) == (not is_shared)
+    assert len(seen) == len(set(seen)) >= 34
+    assert not set(seen) & {caption.replace(" ", "") for caption in open_rows(str(folder), streaming=True).held_out}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_are_decoded_ahead(streaming, tmp_path, teacher_folder, monkeypatch):
+    """Once each, without a change to what comes; prompts take the place of what was decoded, and wait for nothing."""
+    decoded, function = [], common.decode
+    count = lambda row, *more: (decoded.append(row) if "image" in row else None) or function(row, *more)
+    monkeypatch.setattr(common, "decode", count)
+    folder = save_shards(tmp_path / "tars", "tar", 2)
+    data, prompts_alone = (open_stream(folder, teacher_folder, streaming) for _ in range(2))
+    batches = captions_of(data, 3)
+    assert len(data.ahead) == 8
+    assert captions_of(prompts_alone, 3, prompts=True) == batches
+    assert captions_of(data, 2, prompts=True) == captions_of(prompts_alone, 2)
+    assert captions_of(data, 2) == captions_of(prompts_alone, 2)
+    assert len(decoded) <= 2 * (28 + 8)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_support_is_the_same_on_all_ranks(streaming, tmp_path, teacher_folder):
+    folder = save_shards(tmp_path / "tars", "tar", 2)
+    a, b = (open_stream(folder, teacher_folder, streaming, rank, 2) for rank in range(2))
+    assert torch.equal(a.first_latents(16, seeded()), b.first_latents(16, seeded()))
+    assert len(captions_of(a, 5)) == 20  # which are still there
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_too_many_unusable_samples_stop_a_run(streaming, tmp_path, teacher_folder, capsys):
+    save_images(tmp_path / "train", 100, seed=0)
+    for i in range(0, 20, 5):
+        write(tmp_path / "train" / f"{i:03d}.png", b"no image")
+    data = open_stream(tmp_path, teacher_folder, streaming)
+    assert not {f"image{i}oftrain" for i in range(0, 20, 5)} & set(captions_of(data, 22))
+    assert "skipped 1 x unreadable image (UnidentifiedImageError) among" in capsys.readouterr().err
+    for i in range(20, 80):
+        write(tmp_path / "train" / f"{i:03d}.png", b"no image")
+    with pytest.raises(SystemExit, match=r"--data: 17 among the first \d+ samples .* cannot be used: 17 x unreadable"):
+        captions_of(open_stream(tmp_path, teacher_folder, streaming), 30)
+
+
+def test_latents_equal_the_vae_s(teacher_folder, data_folder):
+    """Mean over many draws = scaling * posterior mean of the image that diffusers' own processor makes."""
+    data, pipe = open_stream(data_folder, teacher_folder), DiffusionPipeline.from_pretrained(teacher_folder)
+    row = data.rows[7]
+    with torch.no_grad():
+        posterior = pipe.vae.encode(pipe.image_processor.preprocess(open_image(row["image"]))).latent_dist
+    moments, _ = data.encode([decode(row, data.shape)[1]])
+    draws, scale = torch.cat([data.draw(moments, seeded(i)) for i in range(200)]), pipe.vae.config.scaling_factor
+    spread = scale * posterior.std / 200**0.5
+    assert ((draws.mean(dim=0) - scale * posterior.mean).abs() < 6 * spread + 1e-5).all()
+
+
+def test_latents_on_disk_serve_later_runs(teacher_folder, data_folder, tmp_path, monkeypatch):
+    """The same batches, without asking VAE or images again; another VAE has a cache of its own; unusable samples are left
+    out."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = shutil.copytree(data_folder, tmp_path / "data")
+    plain, cached = (open_stream(folder, teacher_folder, cache=cache) for cache in (False, True))
+    for _ in range(3):
+        (x, ids), (x_cached, ids_cached) = plain.next(), cached.next()
+        assert max_error(x, x_cached) < 1e-4
+        assert torch.equal(ids, ids_cached)
+    assert torch.equal(plain.next_ids(), cached.next_ids())
+    with monkeypatch.context() as patched:
+        patched.setattr(common, "open_image", None)
+        again = open_stream(folder, teacher_folder, cache=True)
+        assert torch.equal(again.next()[1], open_stream(folder, teacher_folder, cache=True).next()[1])
+    write(folder / "train" / "003.png", b"no image")
+    other = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    weights = load_file(other / "vae" / "diffusion_pytorch_model.safetensors")
+    weights = {name: 1.01 * value for name, value in weights.items()}
+    save_file(weights, other / "vae" / "diffusion_pytorch_model.safetensors")
+    changed = open_stream(folder, other, cache=True)
+    assert len(changed.rows) == 39
+    assert not np.array_equal(changed.rows[0]["moments"], cached.rows[0]["moments"])
+
+
+def test_sizes_of_images_condition_sdxl(xl_folder, tmp_path):
+    """Original size, corner of the crop in the image as it is scaled, target size: as diffusers' SDXL training scripts.
+    Rollouts, which have no image, and the unconditional branch see what the pipeline gives."""
+    sizes = [(96, 32), (32, 64), (20, 20)]  # width, height
+    for resolution, expected in (
+        (None, [[32, 96, 0, 32, 32, 32], [64, 32, 16, 0, 32, 32], [20, 20, 0, 0, 32, 32]]),
+        ([32, 48], [[32, 96, 0, 24, 32, 48], [64, 32, 32, 0, 32, 48], [20, 20, 8, 0, 32, 48]]),
+    ):
+        pipe = load_pipeline(str(xl_folder), resolution=resolution)
+        prompts = PromptEncoder(pipe, "cpu")
+        rows = [{"image": image_bytes(Image.new("RGB", size)), "caption": "a"} for size in sizes]
+        data = LatentData(datasets.Dataset.from_list(rows), pipe, prompts, 3, 0, 0, 1, seeded(), False)
+        moments, ids = data.encode([decode(row, data.shape)[1] for row in rows])
+        assert moments.shape[3:] == data.latents[1:]
+        assert prompts.encode(ids)["time_ids"].tolist() == expected
+        target = expected[0][4:]
+        assert prompts.encode(data.next_ids())["time_ids"].tolist() == [[*target, 0, 0, *target]] * 3
+    seen = []
+    guided = with_guidance(lambda z_t, t, cond: seen.append(cond["time_ids"]) or z_t, prompts.null())
+    guided(torch.zeros(3, 4, 8, 8), torch.zeros(3, dtype=torch.long), prompts.encode(ids) | {"w": torch.ones(3)})
+    assert torch.equal(seen[0], prompts.encode(ids)["time_ids"].repeat(2, 1))
+
+
+# --- what --check_data says, and teachers that do not fit ---
+
+
+def test_check_data(tmp_path, teacher_folder, capsys):
+    img2dataset(tmp_path / "data")
+    flags = ["--teacher", teacher_folder, "--data", tmp_path / "data", "--output_dir", tmp_path / "run"]
+    with pytest.raises(SystemExit):
+        run_here(*flags, "--check_data", "--resolution", 32, 48, script="lcm_ddil.py")
+    out = capsys.readouterr().out
+    words = [
+        "2 .tar; beside it",
+        "2 .parquet",
+        "usable                   22",
+        "22 smaller than 32 x 48",
+        "captions        2",
+    ]
+    assert all(word in out for word in words), out
+    assert Image.open(tmp_path / "run-data.png").size[0] > 400
+    assert not (tmp_path / "run").exists()
+
+
+BAD_TEACHERS = {
+    "without text_encoder": "lacks its text_encoder", "without tokenizer": "lacks its tokenizer",
+    "latents_mean": "latents_mean", "shift_factor": "shift_factor",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_TEACHERS)
+def test_teachers_that_do_not_fit(kind, tmp_path, xl_folder, data_folder):
+    folder = shutil.copytree(xl_folder, tmp_path / "teacher")
+    if kind.startswith("without"):
+        part = kind.split()[1]
+        shutil.rmtree(folder / part)
+        change_json(folder / "model_index.json", **{part: [None, None]})
+    else:
+        change_json(folder / "vae" / "config.json", **{kind: [0.1] * 4 if "mean" in kind else 0.1})
+    for script in ("pd_ddil.py", "lcm_ddil.py", "dmd2_ddil.py"):
+        message = refusal("--teacher", folder, "--data", data_folder, "--output_dir", tmp_path / "run", script=script)
+        assert f"--teacher {folder}: " in message
+        assert BAD_TEACHERS[kind] in message
+
+
+@pytest.mark.parametrize("script", ["pd_ddil.py", "lcm_ddil.py", "dmd2_ddil.py"])
+def test_other_resolutions(script, tmp_path, teacher_folder, data_folder):
+    """A UNet of [height, width], and --resolution: trained, drawn, saved; stock diffusers samples at that size."""
+    oblong = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    change_json(oblong / "unet" / "config.json", sample_size=[8, 12])
+    steps = ["--teacher_steps", 4, "--student_steps", 2] if script == "pd_ddil.py" else ["--student_steps", 2]
+    small = SMALL if script == "pd_ddil.py" else ["--global_batch_size", 4]
+    flags = ["--data", data_folder, *small, *steps, "--max_updates", 1, "--no-cache_latents"]
+    for teacher, more, size in ((oblong, [], (48, 32)), (teacher_folder, ["--resolution", 24], (24, 24))):
+        run_here("--teacher", teacher, *flags, *more, "--output_dir", tmp_path / f"run{size}", script=script)
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / f"run{size}" / "pipeline")
+        assert pipe("a", num_inference_steps=2, guidance_scale=1.0).images[0].size == size
