@@ -98,13 +98,23 @@ class StrictTensor(torch.Tensor):
         if id(self) not in memo:
             copy = self.detach().clone()
             is_parameter = isinstance(self, torch.nn.Parameter)
-            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if is_parameter else copy.requires_grad_(self.requires_grad)
+            memo[id(self)] = (
+                torch.nn.Parameter(copy, self.requires_grad)
+                if is_parameter
+                else copy.requires_grad_(self.requires_grad)
+            )
         return memo[id(self)]
 
 
 def bare(value):
     """As it lies in the CPU's memory."""
-    return value.raw if isinstance(value, StrictTensor) else CPU if isinstance(value, torch.device) and is_strict(value) else value
+    return (
+        value.raw
+        if isinstance(value, StrictTensor)
+        else CPU
+        if isinstance(value, torch.device) and is_strict(value)
+        else value
+    )
 
 
 def run(function, args, kwargs):
@@ -116,16 +126,24 @@ def run(function, args, kwargs):
         return 0  # attention by plain operations
     operands = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
     here = {id(a.raw): a for a in operands if isinstance(a, StrictTensor)}
-    indices = tree_leaves(args[1]) if function in INDEXING and isinstance(args[0], StrictTensor) else []  # may be on the CPU
-    elsewhere = [a for a in operands if a.dim() and not isinstance(a, StrictTensor) and not any(a is i for i in indices)]
+    indices = (
+        tree_leaves(args[1]) if function in INDEXING and isinstance(args[0], StrictTensor) else []
+    )  # may be on the CPU
+    elsewhere = [
+        a for a in operands if a.dim() and not isinstance(a, StrictTensor) and not any(a is i for i in indices)
+    ]
     if here and elsewhere and function is not aten._to_copy.default:
-        raise RuntimeError(f"{function} of tensors on strict:0 and on the CPU: {[(str(a.device), tuple(a.shape)) for a in operands]}")
+        raise RuntimeError(
+            f"{function} of tensors on strict:0 and on the CPU: {[(str(a.device), tuple(a.shape)) for a in operands]}"
+        )
     stays = is_strict(kwargs["device"]) if kwargs.get("device") else bool(here)
 
     def dressed(value):
         if not isinstance(value, torch.Tensor) or not stays:
             return value
-        return here[id(value)] if id(value) in here else StrictTensor(value)  # an operation in place gives back its operand
+        return (
+            here[id(value)] if id(value) in here else StrictTensor(value)
+        )  # an operation in place gives back its operand
 
     return tree_map(dressed, function(*tree_map(bare, args), **tree_map(bare, kwargs)))
 
@@ -150,7 +168,11 @@ class Generators(TorchFunctionMode):
             return function(*args, **kwargs).to(device)
         generator, device = kwargs.get("generator"), kwargs.get("device")
         if generator is not None:
-            on_strict = is_strict(device) if device is not None else any(isinstance(a, StrictTensor) for a in tree_leaves((args, kwargs)))
+            on_strict = (
+                is_strict(device)
+                if device is not None
+                else any(isinstance(a, StrictTensor) for a in tree_leaves((args, kwargs)))
+            )
             if is_strict(generator.device) != on_strict:
                 raise RuntimeError(f"{function}: the generator is on {generator.device}, the tensor is not")
         return function(*args, **kwargs)
@@ -158,7 +180,7 @@ class Generators(TorchFunctionMode):
 
 def on_device(value):
     if not isinstance(value, StrictTensor):
-        raise RuntimeError(f"collective of a tensor on {value.device}, which is for a GPU's")
+        raise RuntimeError(f"collective of a tensor on {value.device}, which is for a GPU's")  # noqa: TRY004
     return value
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -9,13 +10,46 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import (
-    DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
 )  # fmt: skip
 
 import common
-from common import (CLEAN, NoiseSchedule, PromptEncoder, SamplingPrior, TrajectoryBuffer, add_noise, combine_guidance, consistency_function, consistency_rollout, ddim_step, drop_prompts, eps_from_v, forward_states, guidance_embedding, load_pipeline, load_schedule, measure_support, mixed_rollout, moved_fraction, noise_of, reflect, rotation, student_rollout, teacher_rollout, timestep_grid, v_from_prediction, x_from_v)
+from common import (
+    CLEAN,
+    NoiseSchedule,
+    PromptEncoder,
+    SamplingPrior,
+    TrajectoryBuffer,
+    add_noise,
+    combine_guidance,
+    consistency_function,
+    consistency_rollout,
+    ddim_step,
+    drop_prompts,
+    eps_from_v,
+    forward_states,
+    guidance_embedding,
+    load_pipeline,
+    load_schedule,
+    measure_support,
+    mixed_rollout,
+    moved_fraction,
+    noise_of,
+    reflect,
+    rotation,
+    student_rollout,
+    teacher_rollout,
+    timestep_grid,
+    v_from_prediction,
+    x_from_v,
+)
 
-SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD = NoiseSchedule.from_alphas_cumprod(DDPMScheduler(**SD_BETAS).alphas_cumprod)
 SD64 = NoiseSchedule(SD.alpha.double(), (1 - SD.alpha.double() ** 2).sqrt())  # for identities
 SHAPE = (4, 3, 3)
@@ -90,8 +124,8 @@ def test_grid_refuses_what_it_cannot_make():
 
 
 @pytest.mark.parametrize("config", [
-    SD_BETAS, dict(beta_schedule="linear"), dict(beta_schedule="squaredcos_cap_v2"),
-    SD_BETAS | dict(rescale_betas_zero_snr=True, prediction_type="v_prediction"), dict(trained_betas=[0.01] * 1000),
+    SD_BETAS, {"beta_schedule": "linear"}, {"beta_schedule": "squaredcos_cap_v2"},
+    SD_BETAS | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, {"trained_betas": [0.01] * 1000},
 ])  # fmt: skip
 def test_schedule_tables_equal_diffusers(config):
     scheduler = DDPMScheduler(**config)
@@ -245,7 +279,7 @@ def test_ddim_converges_to_the_flow_as_one_over_n():
         end = student_rollout(SD64, gaussian_model, z, [*timestep_grid(n), CLEAN], {})[-1]
         errors.append(max_error(centred(end, CLEAN), exact))
     assert errors[-1] < 0.01
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in itertools.pairwise(errors):
         assert 0.4 < fine / coarse < 0.6
 
 
@@ -293,8 +327,6 @@ def test_moved_fraction():
     assert moved_fraction(x_hat, box(1.0)) == 3 / 8
     assert moved_fraction(x_hat, box(3.0)) == 0
     assert moved_fraction(x_hat, None) == 0
-
-
 
 
 def test_measured_support_leaves_the_tails_out():
@@ -387,7 +419,7 @@ def test_share_of_student_moves_is_the_rate():
 @pytest.mark.parametrize("support", [None, tuple(bound.float() for bound in box(0.7))])
 def test_landings_are_the_teacher_s_from_the_visited_states(support):
     query = [1, 2, 3]
-    noise, cond, states, landings, moves = mixed(0.5, query=query, support=support)
+    _noise, cond, states, landings, moves = mixed(0.5, query=query, support=support)
     assert sorted(landings) == query
     for j in query:
         path = TEACHER_GRID[2 * j : 2 * j + 3]
@@ -430,7 +462,7 @@ def test_each_move_may_have_a_rate_of_its_own():
 
 def test_no_graph_through_rollouts():
     scale = torch.nn.Parameter(torch.tensor(0.5))
-    model = lambda z_t, t, cond: scale * z_t  # noqa: E731
+    model = lambda z_t, t, cond: scale * z_t
     noise = randn(8, *SHAPE, dtype=torch.float32).requires_grad_()
     states, landings, _ = mixed_rollout(
         SD, model, model, noise, TEACHER_GRID, STUDENT_GRID, {}, 0.5, seeded(), query=range(4)
@@ -444,13 +476,13 @@ def test_no_graph_through_rollouts():
 def test_biased_student_drifts_as_predicted():
     """Student = exact Gaussian teacher + bias b in v: each of its moves adds -d b, every later move rescales that."""
     b, n = 0.3, 256
-    student = lambda z_t, t, cond: gaussian_model(z_t, t, cond) + b  # noqa: E731
+    student = lambda z_t, t, cond: gaussian_model(z_t, t, cond) + b
     noise = randn(n, *SHAPE)
     states, landings, moves = mixed_rollout(
         SD64, gaussian_model, student, noise, TEACHER_GRID, STUDENT_GRID, {}, 0.5, seeded(), query=range(4)
     )
     u = centred(noise, 999)
-    for j, (t, s) in enumerate(zip(STUDENT_GRID, STUDENT_GRID[1:])):
+    for j, (t, s) in enumerate(itertools.pairwise(STUDENT_GRID)):
         m = TEACHER_GRID[2 * j + 1]
         assert max_error(centred(states[j], t), u) < 1e-12
         by_teacher = gain(t, m) * gain(m, s) * u  # from the visited state, drift and all
@@ -521,7 +553,7 @@ def test_consistency_rollout_of_exact_estimates_keeps_the_marginals():
 
 
 def test_prior_draws_by_cumulative_thresholds():
-    priors = dict(forward=(0.5, 0.1), teacher=(0.3, 0.2), student=(0.2, 0.7))
+    priors = {"forward": (0.5, 0.1), "teacher": (0.3, 0.2), "student": (0.2, 0.7)}
     prior, reference = SamplingPrior(seeded(3), **priors), seeded(3)
     for part, (first, second) in enumerate([(0.5, 0.8), (0.1, 0.3)]):
         for _ in range(200):
@@ -547,8 +579,8 @@ def test_certain_source_is_always_drawn():
 
 
 @pytest.mark.parametrize("priors", [
-    dict(forward=(0.5,), dagger=(0.4,)), dict(forward=(1.5,), dagger=(-0.5,)), dict(forward=(0.5, 0.5), dagger=(0.5,)),
-    dict(forward=(1.0, 0.5), dagger=(0.0, 0.6)),
+    {"forward": (0.5,), "dagger": (0.4,)}, {"forward": (1.5,), "dagger": (-0.5,)}, {"forward": (0.5, 0.5), "dagger": (0.5,)},
+    {"forward": (1.0, 0.5), "dagger": (0.0, 0.6)},
 ])  # fmt: skip
 def test_prior_refuses_what_is_no_distribution(priors):
     with pytest.raises(ValueError):
@@ -565,7 +597,7 @@ def rows(first: int, n: int) -> dict:
 
 def test_buffer_overwrites_the_oldest():
     buffer = TrajectoryBuffer(5)
-    held = lambda: sorted(set(buffer.sample(400, seeded())["j"].tolist()))  # noqa: E731
+    held = lambda: sorted(set(buffer.sample(400, seeded())["j"].tolist()))
     buffer.add(**rows(0, 3))
     assert len(buffer) == 3 and held() == [0, 1, 2]
     buffer.add(**rows(3, 4))
@@ -625,9 +657,9 @@ def test_paper_sections_run_with_torch_alone():
         return builtins.__import__(name, *args, **kwargs)
 
     copied = {"__name__": "copied", "__builtins__": vars(builtins) | {"__import__": import_only}}
-    exec(PAPER_SECTIONS, copied)
+    exec(PAPER_SECTIONS, copied)  # noqa: S102
     with pytest.raises(ImportError):
-        exec("import diffusers", copied)  # or the line above shows nothing
+        exec("import diffusers", copied)  # noqa: S102  or the line above shows nothing
     schedule = copied["NoiseSchedule"].from_alphas_cumprod(DDPMScheduler(**SD_BETAS).alphas_cumprod)
     noise = randn(4, *SHAPE, dtype=torch.float32)
     states, *_ = copied["mixed_rollout"](

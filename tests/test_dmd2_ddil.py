@@ -13,12 +13,43 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from torch.distributions import Normal, kl_divergence
 
 import dmd2_ddil
-from common import LatentData, NoiseSchedule, PromptEncoder, Run, SamplingPrior, UNetModel, add_noise, betas_of
-from common import lcm_scheduler
-from common import consistency_function, forward_states, last_checkpoint, latent_shape, load_pipeline, load_schedule, open_rows
-from common import load_state, noise_of, priors_of, seed_of, timestep_grid, with_guidance
-from dmd2_ddil import Critic, GANHead, critic_step, draw_movers, draw_transitions, make_head, matching_gradient
-from dmd2_ddil import parse_args, reflect_value, student_states, student_step
+from common import (
+    LatentData,
+    NoiseSchedule,
+    PromptEncoder,
+    Run,
+    SamplingPrior,
+    UNetModel,
+    add_noise,
+    betas_of,
+    consistency_function,
+    forward_states,
+    last_checkpoint,
+    latent_shape,
+    lcm_scheduler,
+    load_pipeline,
+    load_schedule,
+    load_state,
+    noise_of,
+    open_rows,
+    priors_of,
+    seed_of,
+    timestep_grid,
+    with_guidance,
+)
+from dmd2_ddil import (
+    Critic,
+    GANHead,
+    critic_step,
+    draw_movers,
+    draw_transitions,
+    make_head,
+    matching_gradient,
+    parse_args,
+    reflect_value,
+    student_states,
+    student_step,
+)
 
 SD = NoiseSchedule.from_alphas_cumprod(DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
 SCHEDULE = NoiseSchedule(SD.alpha.double(), (1 - SD.alpha.double() ** 2).sqrt())  # for identities
@@ -255,7 +286,12 @@ def test_plain_dmd2_equals_a_short_independent_loop(parts, teacher_folder, data_
 @pytest.mark.parametrize("flags", ["--p_forward 0.3 --mixed_rollout --reflect 0.5", "--gan_weight 0 --reflect 0.5"])
 def test_metrics(flags, tmp_path, teacher_folder, data_folder):
     """A run with images and one on prompts alone, by replaying who moved."""
-    has_images, before, seen, cost = "--mixed_rollout" in flags, 0.0, set(), dict(student=1, teacher=2 * 5, forward=0)
+    has_images, before, seen, cost = (
+        "--mixed_rollout" in flags,
+        0.0,
+        set(),
+        {"student": 1, "teacher": 2 * 5, "forward": 0},
+    )
     (tmp_path / "train.txt").write_text("\n".join(f"image {i}" for i in range(20)))
     dmd2_here(tmp_path / "run", teacher_folder, data_folder if has_images else tmp_path, flags)
     prior = SamplingPrior(seeded(seed_of(0, "shared")), **priors_of(parse_args(flags.split())))
@@ -280,13 +316,13 @@ def test_metrics(flags, tmp_path, teacher_folder, data_folder):
 
 MODELS = {  # what save_teacher takes, and changes of the scheduler's config
     "sd": ({}, {}),
-    "gc": (dict(prediction_type="v_prediction", time_cond_proj_dim=256), {}),  # takes w
-    "xl": (dict(xl=True), {}),
-    "small": (dict(xl=True, mid_block_type="UNetMidBlock2D"), {}),  # no attention in the middle, as SSD-1B
-    "large": (dict(xl=True, layers_per_block=2), {}),
-    "no_middle": (dict(mid_block_type=None), {}),
-    "zero_snr": ({}, dict(rescale_betas_zero_snr=True)),
-    "zero_snr_v": (dict(prediction_type="v_prediction"), dict(rescale_betas_zero_snr=True)),
+    "gc": ({"prediction_type": "v_prediction", "time_cond_proj_dim": 256}, {}),  # takes w
+    "xl": ({"xl": True}, {}),
+    "small": ({"xl": True, "mid_block_type": "UNetMidBlock2D"}, {}),  # no attention in the middle, as SSD-1B
+    "large": ({"xl": True, "layers_per_block": 2}, {}),
+    "no_middle": ({"mid_block_type": None}, {}),
+    "zero_snr": ({}, {"rescale_betas_zero_snr": True}),
+    "zero_snr_v": ({"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True}),
 }
 
 
@@ -312,7 +348,11 @@ def test_stock_diffusers_samples_the_same(case, folder_of, tmp_path, data_folder
     dmd2_here(tmp_path, folder_of(teacher), data_folder, flags)
     stock = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     captions, z = [f"image {i} of test" for i in range(4)], noise_of(range(4), (4, 8, 8), seed=1)
-    settings = dict(num_inference_steps=int(steps), guidance_scale=W if student == "gc" else 1.0, output_type="latent")
+    settings = {
+        "num_inference_steps": int(steps),
+        "guidance_scale": W if student == "gc" else 1.0,
+        "output_type": "latent",
+    }
     latents = stock(captions, latents=z, generator=seeded(1), **settings).images
     assert max_error(latents, grids[-1][f"student, {steps} steps"][:4]) < 1e-3
     saved, kept = weights_of(tmp_path / "pipeline"), load_state(last_checkpoint(tmp_path / "checkpoints") / "critic.pt")

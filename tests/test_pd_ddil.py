@@ -9,14 +9,56 @@ import pytest
 import torch
 from conftest import SMALL, W_RANGE, change_json, run_here, save_teacher, weights_of
 from diffusers import DiffusionPipeline
-from toys import BOX, MEAN, SCHEDULE, STD, clamped, gaussian_model, max_error, nonlinear_model, noting, open_run
-from toys import paths, randn, seeded, stock_latents
+from toys import (
+    BOX,
+    MEAN,
+    SCHEDULE,
+    STD,
+    clamped,
+    gaussian_model,
+    max_error,
+    nonlinear_model,
+    noting,
+    open_run,
+    paths,
+    randn,
+    seeded,
+    stock_latents,
+)
 
 import pd_ddil
-from common import CLEAN, LatentData, PromptEncoder, Run, UNetModel, add_noise, ddim_step, load_pipeline, open_rows
-from common import load_schedule, rotation, seed_of, teacher_rollout, timestep_grid, with_guidance, with_w_embedding
-from pd_ddil import DAgger, Phase, collect, dagger_batch, forward_batch, guidance_step, parse_args, pd_step, plan_phases
-from pd_ddil import open_phase, teacher_landing, v_step
+from common import (
+    CLEAN,
+    LatentData,
+    PromptEncoder,
+    Run,
+    UNetModel,
+    add_noise,
+    ddim_step,
+    load_pipeline,
+    load_schedule,
+    open_rows,
+    rotation,
+    seed_of,
+    teacher_rollout,
+    timestep_grid,
+    with_guidance,
+    with_w_embedding,
+)
+from pd_ddil import (
+    DAgger,
+    Phase,
+    collect,
+    dagger_batch,
+    forward_batch,
+    guidance_step,
+    open_phase,
+    parse_args,
+    pd_step,
+    plan_phases,
+    teacher_landing,
+    v_step,
+)
 
 FLAGS = " ".join(SMALL)
 TAU = torch.tensor([*timestep_grid(16), CLEAN])  # 16 steps of the toy teacher, 8 of its student

@@ -14,18 +14,39 @@ import shutil
 import signal
 import socket
 import sys
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
-from conftest import ROOT, change_json, refusal, rows_of, run_here, run_script, save_images, save_teacher, scale_weights
-from conftest import weights_of
+from conftest import (
+    ROOT,
+    change_json,
+    refusal,
+    rows_of,
+    run_here,
+    run_script,
+    save_images,
+    save_teacher,
+    scale_weights,
+    weights_of,
+)
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import common
-from common import CLEAN, PromptEncoder, UNetModel, last_checkpoint, load_pipeline, load_schedule, open_rows
-from common import noise_of, student_rollout, timestep_grid, with_guidance
+from common import (
+    CLEAN,
+    PromptEncoder,
+    UNetModel,
+    last_checkpoint,
+    load_pipeline,
+    load_schedule,
+    noise_of,
+    open_rows,
+    student_rollout,
+    timestep_grid,
+    with_guidance,
+)
 
 SMALL = "--global_batch_size 4 --warmup 1 --log_every 1 --save_every 3 --learning_rate 1e-3"
 FLAGS = {
@@ -184,7 +205,7 @@ def test_run_folder(script, finished, teacher_folder):
     assert {path.name for path in folder.glob("stages/*")} == {*stages}
     networks = [teacher_folder, *[folder / "stages" / stage for stage in stages], folder / "pipeline"]
     weights = [*map(weights_of, networks)]  # each stage starts from the one before, the last one is the pipeline
-    moved = [distance(after, before) for before, after in zip(weights, weights[1:])]
+    moved = [distance(after, before) for before, after in pairwise(weights)]
     assert all(1e-3 < way < 1 for way in moved[: len(stages) or 1]) and not any(moved[len(stages) or 1 :])
 
 
@@ -221,7 +242,7 @@ def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, d
     with torch.no_grad():
         ours = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5
     stock = DiffusionPipeline.from_pretrained(finished("pd_ddil") / "stages" / stage)
-    settings = dict(num_inference_steps=steps, latents=z, output_type="pt")
+    settings = {"num_inference_steps": steps, "latents": z, "output_type": "pt"}
     images = stock(captions, guidance_scale=4.0, **settings).images
     assert stock.scheduler.timesteps.tolist() == timestep_grid(steps)
     assert (ours.clamp(0, 1) - images).abs().max() < 1 / 255
@@ -452,7 +473,7 @@ def test_readme_s_two_commands(tmp_path):
     process = run_script(*flags, *fewer, script=command, launcher=launcher)
     assert process.returncode == 0 and "done:" in process.stdout, process.stderr
     (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(snippet.replace("runs/pd_ddil-tiny", str(tmp_path / "run")), names := {})
+    exec(snippet.replace("runs/pd_ddil-tiny", str(tmp_path / "run")), names := {})  # noqa: S102
     assert names["image"].size == (32, 32)
 
 
