@@ -204,6 +204,12 @@ def student_rollout(
     return teacher_rollout(schedule, student, z, timesteps, cond)
 
 
+def rows_of(mask: Tensor, multiple: int) -> Tensor:
+    """The rows where the mask is true; the first of them repeated, until there are as many as a multiple."""
+    rows = mask.nonzero().flatten()
+    return torch.cat([rows, rows[:1].expand(-len(rows) % multiple)])
+
+
 @torch.no_grad()
 def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     schedule: NoiseSchedule,
@@ -217,6 +223,7 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     generator: torch.Generator,
     support: Support = None,
     query: Sequence[int] | None = None,
+    multiple: int = 1,
 ) -> tuple[list[Tensor], dict[int, Tensor], list[Tensor]]:
     """Alg. 2: at each interval t -> s of the student's grid, each sample moves with the student (probability
     `student_rate`, the paper's beta; a tensor [B, intervals] gives each move its own, and 0 or 1 leave no choice) or with
@@ -224,29 +231,30 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
 
     Returns (states, landings, moves): the state at every point of student_grid; for the interval indices in `query`
     where the *teacher* lands from the visited state, whoever moves; masks [B] of who moved with the student. Given
-    `query`, it stops after the last one is answered.
+    `query`, it stops after the last one is answered. Who moves together is filled up to a `multiple` of rows, which
+    leaves compiled networks few shapes.
     """
     states, landings, moves = [z], {}, []
     rates = torch.as_tensor(student_rate, device=generator.device).expand(len(z), len(student_grid) - 1)
     for j, (t, s) in enumerate(pairwise(student_grid)):  # Alg. 2 line 2
         path = teacher_grid[teacher_grid.index(t) : teacher_grid.index(s) + 1]  # t -> m -> s, Alg. 3 line 7
         stop = query is not None and j >= max(query, default=0)
-        # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition
-        student_moves = (torch.rand(len(z), generator=generator, device=generator.device) < rates[:, j]).to(z.device)
-        asked = torch.ones_like(student_moves) if query is not None and j in query else ~student_moves
+        # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition; drawn on the CPU, no device is waited for
+        student_moves = torch.rand(len(z), generator=generator, device=generator.device) < rates[:, j]
+        asks_all = query is not None and j in query
+        asked, moved = (rows_of(m, multiple).to(z.device) for m in (asks_all | ~student_moves, student_moves))
         z_s = torch.empty_like(z)
-        if asked.any():  # Alg. 2 line 4; also the target of a state that is stored, Alg. 3 line 8 [D17]
+        if len(asked):  # Alg. 2 line 4; also the target of a state that is stored, Alg. 3 line 8 [D17]
             z_s[asked] = teacher_rollout(schedule, teacher, z[asked], path, select(cond, asked), support)[-1]
         if query is not None and j in query:
             landings[j] = z_s.clone()
         if stop:
             break
-        if student_moves.any():  # Alg. 2 line 3
-            rows = select(cond, student_moves)
-            z_s[student_moves] = student_rollout(schedule, student, z[student_moves], (t, s), rows)[-1]
+        if len(moved):  # Alg. 2 line 3
+            z_s[moved] = student_rollout(schedule, student, z[moved], (t, s), select(cond, moved))[-1]
         z = z_s  # Alg. 2 line 5
         states.append(z)
-        moves.append(student_moves)
+        moves.append(student_moves.to(z.device))
     return states, landings, moves
 
 
@@ -1188,7 +1196,7 @@ def flag_parser(doc: str, recipes: dict):
     add("--check_data", action="store_true", help="count usable samples, draw some to OUTPUT_DIR-data.png, then stop")
     add("--max_updates", type=positive_int, help="end each part of a phase after so many updates (for tests)")
     add("--gradient_checkpointing", action=choice, help="trade time for memory")
-    add("--compile", action=choice, help="torch.compile for all UNets: minutes at the start, faster updates")
+    add("--compile", action=choice, help="torch.compile for the UNets' blocks: slower start, faster updates")
     add(
         "--cache_latents",
         action=choice,
@@ -1302,6 +1310,9 @@ def fingerprint(module) -> str:
     return digest.hexdigest()[:16]
 
 
+REGIONS = ("ResnetBlock2D", "BasicTransformerBlock")  # what a UNet repeats: units of FSDP2 and of --compile
+
+
 def start_accelerator(**settings):
     """An Accelerator over all the processes that were launched; SystemExit if it does not see every one of them, or for
     an engine that these scripts cannot use."""
@@ -1316,7 +1327,7 @@ def start_accelerator(**settings):
         # or transformers would leave the text encoders empty on all ranks but the first; they are not sharded
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
-        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", "ResnetBlock2D,BasicTransformerBlock")  # UNets' blocks
+        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(REGIONS))
     handlers = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of every gradient
         InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # ranks wait while the first one writes a checkpoint
@@ -1478,22 +1489,22 @@ def save_sheet(path: Path, rows: dict[str, list], label_width: int = 110) -> Non
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between two updates, the same on all ranks. Another one
-    after five seconds stops at once (launchers may pass the first one on twice)."""
+    """Turns SIGTERM and Ctrl-C into `asked`, which the loop reads once an update, the same on all ranks. Another one after
+    five seconds stops at once (launchers may pass the first one on twice)."""
 
     def __init__(self):
-        self.asked = math.inf  # when
+        self.since = math.inf
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
 
-    def ask(self, *_):
-        if time.monotonic() - self.asked > 5:
-            raise KeyboardInterrupt
-        self.asked = min(self.asked, time.monotonic())
+    @property
+    def asked(self) -> bool:
+        return self.since < math.inf
 
-    def agreed(self, accelerator) -> bool:
-        asked = torch.tensor(float(self.asked < math.inf), device=accelerator.device)
-        return accelerator.reduce(asked, "sum").item() > 0
+    def ask(self, *_):
+        if time.monotonic() - self.since > 5:
+            raise KeyboardInterrupt
+        self.since = min(self.since, time.monotonic())
 
 
 # --- the engine ---
@@ -1588,7 +1599,8 @@ class Run:
         self.metrics = Metrics(self.out / "metrics.csv", labels, columns, device)
         bins = sorted(int(c.removeprefix("loss_t")) for c in columns if c.removeprefix("loss_t").isdigit())
         self.t_columns, self.t_bins = [f"loss_t{t}" for t in bins], torch.tensor(bins, device=device)
-        self.labels, self.stop, self.leaving, self.drawn = {}, StopRequest(), False, None
+        self.labels, self.stop, self.stopping, self.leaving, self.drawn = {}, StopRequest(), 0.0, False, None
+        self.unread = []  # (name, value) of losses and norms on the device, to be judged
         self.progress = {"phase": 0, "loop": None, "update": 0, "total": 0, "forwards": 0.0, "rows": 0}
 
         prints = {id(network): fingerprint(network) for network in networks.values()}
@@ -1625,9 +1637,13 @@ class Run:
         return self.compiled(network.to(self.device, dtype))
 
     def compiled(self, network):
-        if self.args.compile:  # with and without gradient, at several batch sizes, in several phases
-            torch._dynamo.config.recompile_limit = 64  # of one code; beyond it, it would silently run uncompiled
-            network.compile()
+        """By region: the blocks that a UNet repeats, which is short, and leaves no graph to be broken around them."""
+        if self.args.compile:
+            # of one code: instances of several shapes, with and without gradient; beyond it, it would run uncompiled
+            torch._dynamo.config.recompile_limit = 256
+            for module in network.modules():
+                if type(module).__name__ in REGIONS:
+                    module.compile(dynamic=False)
         return network
 
     def trainable(self, name: str, network) -> Trained:
@@ -1754,10 +1770,13 @@ class Run:
             self.progress["forwards"] += sum(model.forwards for model in self.models)
             bar.update()
             total, is_last = self.progress["total"], update + 1 == n
-            if total % self.args.log_every == 0 or is_last:
+            is_logged, due = (total % every == 0 or is_last for every in (self.args.log_every, self.args.save_every))
+            stop = self.stopping > 0
+            if is_logged:
                 self.log(loop, n, rate, time.time() - clock)
                 clock = time.time()
-            due, stop = total % self.args.save_every == 0 or is_last, self.stop.agreed(self.accelerator)
+            if (due or stop) and self.unread:
+                self.judge()
             if due:
                 self.draw(sample)  # before the checkpoint, or a kill between the two would lose it
             if due or stop:
@@ -1790,7 +1809,7 @@ class Run:
         """Add the gradient of losses [B]; with their timesteps and source, into the metrics. SystemExit on all ranks if
         they are not finite. cost: UNet forwards of a sample that the backward pass counts as."""
         loss = losses.mean()
-        self.check_finite(self.accelerator.reduce(loss.detach(), "mean"), f"loss on {source or 'generated'} states")
+        self.unread.append((f"loss on {source or 'generated'} states", loss.detach()))
         self.accelerator.backward(loss)
         self.progress["forwards"] += cost * len(losses)
         if source:
@@ -1800,21 +1819,31 @@ class Run:
                 self.t_columns, torch.bucketize(t, self.t_bins), losses
             )  # loss of t in (bin before, bin]
 
-    def check_finite(self, value: Tensor, what: str) -> None:
-        if not torch.isfinite(value):  # the same verdict on all ranks
-            last = f"the last good checkpoint: {last_checkpoint(self.out / 'checkpoints') or 'none yet'}"
-            where = f"update {self.progress['total'] + 1}: the {what} is {value.item()}"
-            raise SystemExit(f"{where}; stopped, {last}; a lower --learning_rate may help")
+    def judge(self) -> None:
+        """The only wait for the device in an update: SystemExit on all ranks if a loss or a gradient's norm since the last
+        time was not finite; and whether a rank was asked to stop."""
+        asked = torch.tensor(float(self.stop.asked), device=self.device)
+        names, values = zip(*self.unread, ("", asked))
+        self.unread = []
+        *values, self.stopping = self.accelerator.reduce(torch.stack(values).float(), "sum").tolist()
+        for name, value in zip(names, values):
+            if not math.isfinite(value):  # the same verdict on all ranks
+                last = f"the last good checkpoint: {last_checkpoint(self.out / 'checkpoints') or 'none yet'}"
+                where = f"update {self.progress['total'] + 1}: the {name} is {value}"
+                raise SystemExit(f"{where}; stopped, {last}; a lower --learning_rate may help")
 
     def step(self, trained: Trained, max_norm: float, column: str = "grad_norm") -> None:
-        """Clip the gradient, AdamW, and leave no gradient."""
+        """Clip the gradient, AdamW, and leave no gradient. The first network's step waits for the verdict on all that was
+        computed since its last one (of DMD2's critic too, whose weights no checkpoint has taken by then)."""
         if self.accelerator.is_fsdp2:  # accelerate's own would compare the parameters of two networks by value
             self.accelerator.unscale_gradients()
             norm = whole(torch.nn.utils.clip_grad_norm_(trained.parameters, max_norm))
         else:
             norm = self.accelerator.clip_grad_norm_(trained.parameters, max_norm)
         if self.accelerator.scaler is None:  # fp16's scaler skips such updates
-            self.check_finite(norm, "gradient's norm")
+            self.unread.append(("gradient's norm", norm.detach()))
+        if trained is next(iter(self.trained.values())):
+            self.judge()
         self.note({column: norm})
         trained.optimizer.step()
         trained.optimizer.zero_grad()

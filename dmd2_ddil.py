@@ -235,9 +235,6 @@ class Critic(torch.nn.Module):
         super().__init__()
         self.unet, self.head, self.config = unet, head, unet.config
 
-    def compile(self):
-        self.unet.compile()  # not the hook on its mid block, which would break the graph
-
     def enable_gradient_checkpointing(self):
         self.unet.enable_gradient_checkpointing()
 
@@ -256,7 +253,7 @@ def mid_block_features(unet, *inputs, **more) -> Tensor:
 
     hook = unet.mid_block.register_forward_hook(stop)
     try:
-        unet.forward(*inputs, **more)  # not as it is compiled: the hook would break the graph
+        unet(*inputs, **more)
     except Reached as reached:
         return reached.args[0]
     finally:

@@ -32,7 +32,7 @@ from torch import Tensor
 # isort: off
 from common import CLEAN, NoiseSchedule, forward_states, timestep_grid
 from common import Support, ddim_step
-from common import Model, consistency_function, consistency_rollout, select, student_rollout, teacher_rollout
+from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout
 from common import SamplingPrior
 from common import drop_prompts, lcm_scheduler, load_pipeline, refuse_zero_snr, with_guidance, with_w_embedding
 from common import (
@@ -106,9 +106,8 @@ def consistency_step(
     """LCM's loss: the student's estimate at z_t is to equal the target's where one teacher step leads, z_s (Alg. 1 line 6)."""
     with torch.no_grad():
         z_s = ddim_step(schedule, z_t, teacher(z_t, t, cond), t, s, support)
-        x_target, inner = z_s.clone(), s != CLEAN  # at the clean end the estimate is z_s itself
-        if inner.any():
-            x_target[inner] = consistency_function(schedule, target, z_s[inner], s[inner], select(cond, inner), support)
+        x_target = consistency_function(schedule, target, z_s, s.clamp(min=0), cond, support)
+        x_target = torch.where((s == CLEAN).view(-1, 1, 1, 1), z_s, x_target)  # at the clean end the estimate is z_s
     x_hat = consistency_function(schedule, student, z_t, t, cond)  # not reflected: a clamp has no gradient outside
     return distance(x_hat, x_target, loss, huber_c)
 

@@ -161,7 +161,7 @@ def dagger_batch(
     """(z_t, z_s, t, s, cond) from D_DAgger (Alg. 3 line 4), which is refreshed so that a state is used R times."""
     batch_size, now = run.args.batch_size, run.progress["total"]
     while dagger.credit < batch_size:  # Alg. 3 line 11
-        rows = collect(run, teacher, student, tau.tolist(), student_rate)
+        rows = collect(run, teacher, student, [*timestep_grid(len(tau) - 1), CLEAN], student_rate)
         dagger.add(**rows, born=torch.full_like(rows["w"], now))  # Alg. 2 line 6
         dagger.credit += len(rows["w"]) * run.args.reuse
     dagger.credit -= batch_size
@@ -178,8 +178,10 @@ def collect(run: Run, teacher: Model, student: Model, tau: list[int], student_ra
     ids = run.data.next_ids()
     cond = run.prompts.encode(ids) | {"w": run.draw_w(len(ids))}  # one w for a trajectory
     z = run.start_noise(len(ids))  # Alg. 2 line 1
+    models, grids = (teacher, student), (tau, tau[::2])
+    more = {"query": stored, "multiple": -(-len(ids) // 2) if run.args.compile else 1}
     states, landings, moves = mixed_rollout(  # Alg. 2 lines 2-5
-        run.schedule, teacher, student, z, tau, tau[::2], cond, student_rate, run.shared, run.support, query=stored
+        run.schedule, *models, z, *grids, cond, student_rate, run.shared, run.support, **more
     )
     run.note({"student_moves": torch.cat(moves).float() if moves else torch.zeros(0)})
     n, k = len(ids), len(stored)

@@ -5,7 +5,10 @@ device, NumPy, and collectives of tensors that are on the CPU. It is built on Py
 """
 
 import importlib
+import json
+import os
 import sys
+from collections import Counter
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -117,6 +120,34 @@ def bare(value):
     )
 
 
+waits = Counter()  # of the host for the device
+
+
+def makes_host_wait(function, args, kwargs) -> bool:
+    """item(), tolist(), bool(); a copy to the CPU; and what has as many rows as a mask on the device has ones."""
+    is_mask = function in INDEXING and any(a.dtype == torch.bool for a in tree_leaves(args[1]) if is_on_strict(a))
+    to_cpu = function is aten._to_copy.default and kwargs.get("device") is not None and not is_strict(kwargs["device"])
+    return function in (aten._local_scalar_dense.default, aten.nonzero.default) or is_mask or to_cpu
+
+
+def is_on_strict(value) -> bool:
+    return isinstance(value, StrictTensor)
+
+
+def count_waits(updates):
+    """Run.updates, with the number of waits within each update in the file STRICT_WAITS."""
+    counts = []
+
+    def counted(*args, **kwargs):
+        for update in updates(*args, **kwargs):
+            waits.clear()
+            yield update
+            counts.append(waits.total())
+            Path(os.environ["STRICT_WAITS"]).write_text(json.dumps(counts))
+
+    return counted
+
+
 def run(function, args, kwargs):
     """An operation on the device, after a check of where its operands are."""
     if function is aten.copy_.default:
@@ -124,6 +155,7 @@ def run(function, args, kwargs):
         return args[0]
     if function is aten._fused_sdp_choice.default:
         return 0  # attention by plain operations
+    waits.update([1] * makes_host_wait(function, args, kwargs))
     operands = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
     here = {id(a.raw): a for a in operands if isinstance(a, StrictTensor)}
     indices = (
@@ -216,4 +248,6 @@ if __name__ == "__main__":
     accelerate.Accelerator, torch.Generator = Accelerator, Generator
     with Factories(), Generators():
         check_refusals()
+        if "STRICT_WAITS" in os.environ:
+            script.Run.updates = count_waits(script.Run.updates)
         script.main(sys.argv[2:])

@@ -32,6 +32,7 @@ from conftest import (
 )
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from torch._dynamo.utils import counters
 
 import common
 from common import (
@@ -253,12 +254,46 @@ def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, d
             assert difference.pow(2).mean().sqrt().item() == pytest.approx(float(row[name]), abs=1e-4)
 
 
+ALL_SOURCES = {
+    "pd_ddil": "--teacher_steps 4 --student_steps 2 --p_forward .4 --student_rate .5 --eval_prompts 4",
+    "lcm_ddil": "--p_forward .4 --p_teacher .3 --rollout_steps 4",
+    "dmd2_ddil": "--fake_updates 2",
+}
+
+
+@each_script
+def test_compiled_blocks_have_few_shapes(script, tmp_path, teacher_folder, data, monkeypatch):
+    """No graph is broken, and none is compiled once all sources have been drawn. (The compiler's first half; the second,
+    which turns graphs into kernels, takes minutes.)"""
+    compile_module, graphs, updates = torch.nn.Module.compile, {}, common.Run.updates
+    noted = lambda module, **settings: compile_module(module, backend="eager", **settings)
+
+    def counting(run, loop, *args):
+        for update in updates(run, loop, *args):
+            yield update
+            graphs.setdefault(loop, []).append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(torch.nn.Module, "compile", noted)
+    monkeypatch.setattr(common.Run, "updates", counting)
+    torch._dynamo.reset()
+    counters.clear()
+    flags = ["--teacher", teacher_folder, "--data", data, "--output_dir", tmp_path / "run", "--compile"]
+    flags += ["--global_batch_size", 4, "--warmup", 1, "--max_updates", 30, "--save_every", 1000]
+    run_here(*flags, *ALL_SOURCES[script].split(), script=f"{script}.py")
+    assert not counters["graph_break"]
+    assert graphs
+    for counts in graphs.values():
+        assert counts[0] > 0
+        assert counts[8] == counts[-1], graphs
+
+
 @each_script
 def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monkeypatch):
     """On a device that refuses what a GPU refuses, with compiled networks (the compiler itself is told to do nothing, or
     this would take minutes), in bf16 (weights and everything around the networks stay in fp32)."""
     compiled, compile_module, weights = [], torch.nn.Module.compile, {}
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network) or compile_module(network))
+    noted = lambda module, **settings: compiled.append(module) or compile_module(module, **settings)
+    monkeypatch.setattr(torch.nn.Module, "compile", noted)
     for way, flag in (
         ("plain", []),
         ("compiled", ["--compile"]),
@@ -269,9 +304,8 @@ def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monke
         flags = arguments(script, teacher_folder, data, folder, *FEWER[script].split(), *flag)
         if way in ("strict", "bf16"):
             argv = ["tests/strict_device.py"] * (way == "strict") + [f"{script}.py", *flags]
-            assert launch(log, *argv, env={"ACCELERATE_MIXED_PRECISION": "bf16"} if way == "bf16" else {}) == [0], (
-                log.read_text()
-            )
+            env = {"ACCELERATE_MIXED_PRECISION": "bf16"} if way == "bf16" else {"STRICT_WAITS": str(tmp_path / "waits")}
+            assert launch(log, *argv, env=env) == [0], log.read_text()
         else:
             with torch.compiler.set_stance("force_eager"):
                 run_here(*flags, script=f"{script}.py")
@@ -280,7 +314,9 @@ def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monke
     trained = distance(weights["plain"], weights_of(teacher_folder))
     for way, tolerance in (("compiled", 1e-5), ("strict", 1e-2), ("bf16", 0.5)):
         assert distance(weights[way], weights["plain"]) < tolerance * trained, way
-    assert len(compiled) >= {"pd_ddil": 6, "lcm_ddil": 3, "dmd2_ddil": 3}[script]
+    assert {type(module).__name__ for module in compiled} == {"ResnetBlock2D", "BasicTransformerBlock"}
+    waits = json.loads((tmp_path / "waits").read_text())  # of the host for the device, in each update
+    assert set(waits) <= ({1, 2} if script == "pd_ddil" else {1})  # 2: the captions of states from D_DAgger
 
 
 # --- interrupted runs ---
