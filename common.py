@@ -396,8 +396,10 @@ class UNetModel:
     """
 
     def __init__(self, unet, schedule: NoiseSchedule, prediction_type: str, autocast: Callable):
-        self.unet, self.schedule, self.prediction_type, self.autocast = unet, schedule, prediction_type, autocast
+        self.unet, self.schedule, self.prediction_type = unet, schedule, prediction_type
         self.config, self.dtype = getattr(unet, "module", unet).config, next(unet.parameters()).dtype
+        # a network in half precision needs none, which would cast its norms back and forth
+        self.autocast = autocast if self.dtype == torch.float32 else nullcontext
         self.forwards = 0  # samples evaluated so far
 
     def run(self, z_t: Tensor, t: Tensor, cond: dict, **more) -> Tensor:
@@ -1328,6 +1330,7 @@ def start_accelerator(**settings):
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
         os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(REGIONS))
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, of what is left in fp32
     handlers = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of every gradient
         InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # ranks wait while the first one writes a checkpoint
