@@ -9,23 +9,28 @@ pd.weak_scaling      seconds of an update in one process over those in two (DDP)
 lcm.over_diffusers   seconds of an update, and peak resident memory, over diffusers' own script on the same tars, tiny, with
                      and without cached latents. PEER=train_lcm_distill_sd_wds.py of a clone of diffusers names it; it needs
                      webdataset 0.2.86 and braceexpand, in a folder of PYTHONPATH for instance
-full.sd15, full.ssd1b    seconds of an update, peak memory and model FLOP utilisation (of the device's own rate for large
-                     matrices) of all methods, with and without DDIL and --compile, in bf16 at the largest batch that fits:
-                     random weights of the real shapes on a GPU; without one narrow networks, to see that it runs
+full [--narrow]      seconds of an update, model FLOP utilisation (of the device's own rate for large matrices), peak memory and
+                     seconds to compile, of all methods with and without DDIL, in bf16 at the recipes' batches, with random
+                     weights of the real shapes; what matters most first, so that it may be cut short. --narrow, and without
+                     a GPU: small networks, to see that it runs
 """
 
 import csv
+import gc
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import nullcontext, redirect_stdout
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -349,32 +354,35 @@ def forward_flops(folder: Path) -> int:
     return counter.get_total_flops()
 
 
-def run_full(script: str, flags: list, folder: Path, updates: int) -> tuple[float, float, float] | None:
-    """(seconds, UNet forwards) of an update, over the second half of the run, and peak GiB; None where memory is too small."""
-    code = f"import {script}, torch, resource, sys; {script}.main(sys.argv[1:]); on_gpu = torch.cuda.is_available(); "
-    code += "resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20; "
-    code += "print(torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident)"
+def run_full(script, flags: list, folder: Path, updates: int) -> tuple[float, float, float, float] | None:
+    """(seconds, UNet forwards) of an update, over the second half of the run; peak GiB; seconds of the first update beyond
+    those. None where memory is too small."""
+    on_gpu = torch.cuda.is_available()
+    AcceleratorState._reset_state(reset_partial_state=True)
     more = f"--output_dir {folder}/run --overwrite --log_every 1 --save_every 1000000"
-    command = [sys.executable, "-c", code, *map(str, flags), *more.split()]
-    env = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16"}
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, check=False)
-    if "out of memory" in process.stderr:
+    try:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        with redirect_stdout(None):
+            script.main([*map(str, flags), *more.split()])
+    except torch.OutOfMemoryError:
         return None
-    if process.returncode:
-        raise SystemExit(process.stderr[-2000:])
-    rows = rows_of(folder / "run")[-updates // 2 - 1 :]
+    finally:
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+    rows = rows_of(folder / "run")
+    first, rows = float(rows[-updates]["seconds"]), rows[-updates // 2 - 1 :]
     forwards = float(rows[-1]["unet_forwards"]) - float(rows[0]["unet_forwards"])
     update = statistics.median(float(row["seconds"]) for row in rows[1:])
-    return update, forwards / (len(rows) - 1), float(process.stdout.split()[-1])
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    return update, forwards / (len(rows) - 1), peak / 2**30, first - update
 
 
-FULL = {  # the arguments that make an update what it is in the recipes; then those of plain distillation
-    "pd_ddil": (
-        "gc --teacher_steps 8 --student_steps 4 --updates 4={} --p_forward 0.5 --student_rate 0.8 --eval_prompts 2",
-        "--p_forward 1",
-    ),
-    "lcm_ddil": ("teacher --updates {} --p_forward 0.5", "--p_forward 1"),
-    "dmd2_ddil": ("teacher --updates {} --fake_updates 10", "--p_student 1"),
+FULL = {  # script: a process's batch, what makes an update what it is in the recipes, and what makes it plain distillation
+    pd_ddil: (28, "gc --teacher_steps 8 --student_steps 4 --updates 4={} --student_rate 0.8", "--p_forward 1"),
+    lcm_ddil: (60, "teacher --updates {} --p_forward 0.5", "--p_forward 1"),
+    dmd2_ddil: (7, "teacher --updates {} --fake_updates 10", "--p_student 1"),
 }
 REAL = {
     "sd15": {"block_out_channels": (320, 640, 1280, 1280), "sample_size": 64},
@@ -382,50 +390,50 @@ REAL = {
 }
 
 
-def full_size(kind: str) -> None:
+def full_size(narrow: bool) -> None:
+    """In one process, line by line, what matters most first; without a GPU, or `narrow`, as its own rehearsal."""
     with patch.dict(os.environ):  # the tests hide GPUs
         from conftest import save_teacher
         from test_full_size import NARROW
 
-    on_gpu = torch.cuda.is_available()
-    unet, batches, updates = NARROW[kind] | (REAL[kind] if on_gpu else {}), (4,), 4
-    if on_gpu:
-        batches, updates = (64, 32, 16, 8, 4, 2, 1), 24
-    rate = matrix_rate("cuda", 8192) if on_gpu else matrix_rate("cpu", 1024)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    narrow = narrow or not torch.cuda.is_available()
+    rate = matrix_rate("cpu", 1024) if narrow else matrix_rate("cuda", 8192)
     report("full.matrix_rate", rate / 1e12, "TFLOP/s")
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+        folder, flops = Path(folder), {}
         data, of_gc = few_images(folder / "data"), {"prediction_type": "v_prediction"}
         of_gc["time_cond_proj_dim"] = common.W_EMBEDDING_DIM
-        save_teacher(folder / "gc", xl=kind == "ssd1b", **of_gc, **unet)
-        flops = forward_flops(save_teacher(folder / "teacher", xl=kind == "ssd1b", **unet))
-        report(f"full.{kind}.forward", flops / 1e9, "GFLOP")
-        for script, (ours, plain) in FULL.items():
+        for kind, script in product(("sd15", "ssd1b"), FULL):
+            if kind == "ssd1b" and script is not dmd2_ddil:
+                continue
+            if kind not in flops:
+                unet = NARROW[kind] | ({} if narrow else REAL[kind])
+                save_teacher(folder / kind / "gc", xl=kind == "ssd1b", **of_gc, **unet)
+                flops[kind] = forward_flops(save_teacher(folder / kind / "teacher", xl=kind == "ssd1b", **unet))
+                report(f"full.{kind}.forward", flops[kind] / 1e9, "GFLOP")
+            batch_size, ours, plain = FULL[script]
+            batch_size, updates, times = (2, 2, {}) if narrow else (batch_size, 12, {})
             teacher, *ours = ours.format(updates).split()
-            base, fitting, times = (
-                ["--teacher", folder / teacher, "--data", data, "--gradient_checkpointing"],
-                batches,
-                {},
-            )
-            for arm in ("plain", "ddil", "plain.compiled", "ddil.compiled"):
-                more = plain.split() * ("plain" in arm) + ["--compile"] * ("compiled" in arm)
-                for batch_size in fitting:
-                    flags = [*base, "--global_batch_size", batch_size, *ours, *more]
-                    if found := run_full(script, flags, folder, updates):
+            size = ["--global_batch_size", batch_size, "--batch_size", batch_size, "--eval_prompts", 2]
+            base = ["--teacher", folder / kind / teacher, "--data", data, *size[: 6 if script is pd_ddil else 4], *ours]
+            for arm in ("ddil.compiled", "plain.compiled", "ddil"):
+                more = plain.split() * ("plain" in arm) + ["--compile"] * ("compiled" in arm and not narrow)
+                name, found = f"full.{kind}.{script.__name__}.{arm}", None
+                for checkpointing in ([], ["--gradient_checkpointing"]):
+                    if found := run_full(script, [*base, *more, *checkpointing], folder, updates):
                         break
-                else:
-                    print(f"full.{kind}.{script}.{arm}: a batch of {fitting[-1]} does not fit", flush=True)
+                if not found:
+                    print(f"{name}: a batch of {batch_size} does not fit", flush=True)
                     continue
-                fitting, (times[arm], forwards, gib) = (batch_size,), found
-                name = f"full.{kind}.{script}.{arm}"
-                report(f"{name}.batch_size", batch_size, "samples")
-                report(f"{name}.update", times[arm], "s")
+                times[arm], forwards, gib, first = found
+                report(f"{name}{'.checkpointing' * bool(checkpointing)}.update", times[arm], "s")
+                report(f"{name}.utilisation", forwards * flops[kind] / times[arm] / rate)
                 report(f"{name}.memory", gib, "GiB")
-                report(f"{name}.utilisation", forwards * flops / times[arm] / rate)
-            for compiled in ("", ".compiled"):
-                if {f"ddil{compiled}", f"plain{compiled}"} <= times.keys():
-                    ratio = times[f"ddil{compiled}"] / times[f"plain{compiled}"]
-                    report(f"full.{kind}.{script}.ddil_over_plain{compiled}", ratio)
+                report(f"{name}.compile", first, "s")
+            if {"ddil.compiled", "plain.compiled"} <= times.keys():
+                ratio = times["ddil.compiled"] / times["plain.compiled"]
+                report(f"full.{kind}.{script.__name__}.ddil_over_plain", ratio)
 
 
 BENCHMARKS = {
@@ -440,13 +448,13 @@ BENCHMARKS = {
     "pd.peak_memory": peak_memory,
     "pd.weak_scaling": weak_scaling,
     "lcm.over_diffusers": lcm_over_diffusers,
-    "full.sd15": lambda: full_size("sd15"),
-    "full.ssd1b": lambda: full_size("ssd1b"),
+    "full": lambda: full_size("--narrow" in sys.argv),
 }
 
 if __name__ == "__main__":
-    chosen = [name for name in BENCHMARKS if not sys.argv[1:] or any(name.startswith(arg) for arg in sys.argv[1:])]
+    asked = [arg for arg in sys.argv[1:] if arg != "--narrow"]
+    chosen = [name for name in BENCHMARKS if not asked or any(name.startswith(arg) for arg in asked)]
     if not chosen:
-        raise SystemExit(f"no benchmark {sys.argv[1:]}; there are {', '.join(BENCHMARKS)}")
+        raise SystemExit(f"no benchmark {asked}; there are {', '.join(BENCHMARKS)}")
     for name in chosen:
         BENCHMARKS[name]()
