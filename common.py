@@ -997,7 +997,7 @@ class LatentData:
         self.vae, self.scaling = pipe.vae.to(prompts.device), pipe.vae.config.scaling_factor
         self.latents, self.shape, self.seed = latent_shape(pipe), image_shape(pipe), seed
         self.seen, self.unusable = 0, Counter()
-        self.threads, self.ahead = ThreadPoolExecutor(), deque()  # (position, row, its decoding)
+        self.threads, self.ahead = ThreadPoolExecutor(), deque()  # (position, row, which caption, its decoding)
         is_stream = not hasattr(rows, "select")
         if cache and not is_stream:
             self.rows = make_cache(self, rank, n_ranks)
@@ -1016,10 +1016,12 @@ class LatentData:
         samples = []
         while len(samples) < n:
             self.look_ahead(1)
-            _, row, decoding = self.ahead.popleft()
-            if not need_images and not decoding.cancel() and "image" in row:
-                row = {"caption": row["caption"]}
-            samples += self.usable([decoding.result() if need_images else decode(row, self.shape)])
+            _, row, draw, decoding = self.ahead.popleft()
+            if need_images or "image" not in row:
+                samples += self.usable([decoding.result()])
+            else:
+                decoding.cancel()
+                samples += self.usable([decode({"caption": row["caption"]}, self.shape, draw)])
         return samples
 
     def look_ahead(self, n: int) -> None:
@@ -1027,7 +1029,7 @@ class LatentData:
             position = self.source.position
             row, epoch = self.source.read()
             draw = seed_of(self.seed, epoch, row["caption"]) if isinstance(row.get("caption"), list) else 0
-            self.ahead.append((position, row, self.threads.submit(decode, row, self.shape, draw)))
+            self.ahead.append((position, row, draw, self.threads.submit(decode, row, self.shape, draw)))
 
     def usable(self, decoded: Iterable[tuple[str | None, dict]]) -> list[dict]:
         """The samples that can be trained on, of what `decode` gave. SystemExit where too many cannot."""
