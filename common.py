@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1420,8 +1421,17 @@ def load_state(file: Path):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
+    """The newest checkpoint, or None."""
     return max(folder.glob("[0-9]*"), default=None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether no file of it is missing, cut short or changed, by the checksums that torch's files hold."""
+    try:
+        files = [checkpoint / name for name in json.loads((checkpoint / "progress.json").read_text())["files"]]
+        return all(zipfile.ZipFile(file).testzip() is None for file in files)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return False
 
 
 class Metrics:
@@ -1612,7 +1622,7 @@ class Run:
         self.facts |= {f"{name}_weights": prints[id(network)] for name, network in networks.items()}
         self.refuse_changes()
         # where a resumed run is until its loop is reached
-        self.checkpoint = last_checkpoint(self.out / "checkpoints") if args.resume else None
+        self.checkpoint = self.checkpoint_to_resume() if args.resume else None
         if self.accelerator.is_main_process and not args.resume:
             self.create_folder(script)
         elif self.accelerator.is_main_process and not self.checkpoint:
@@ -1624,6 +1634,19 @@ class Run:
             self.accelerator.init_trackers(Path(script).stem, config={k: str(v) for k, v in vars(args).items()})
         done = int(self.checkpoint.name.strip("+")) if self.checkpoint else 0
         self.print(f"{self.out}: {'resuming' if done else 'starting'} at update {done + 1}")
+
+    def checkpoint_to_resume(self) -> Path | None:
+        """The newest whole one, the same on all ranks; None if there is none yet. SystemExit if all are damaged."""
+        from accelerate.utils import broadcast_object_list
+
+        there = sorted((self.out / "checkpoints").glob("[0-9]*"), reverse=True)
+        whole = [next((c for c in there if is_whole(c)), None)] if self.accelerator.is_main_process else [None]
+        (found,) = broadcast_object_list(whole)
+        if there and found is None:
+            raise SystemExit(f"--resume: {there[0]} and those before it are damaged; --overwrite starts anew")
+        if there and found != there[0]:
+            self.print(f"warning: {there[0]} is damaged; going on from {found}")
+        return found
 
     def create_folder(self, script: str) -> None:
         """The run folder, with config.json and a copy of the code that made it."""
@@ -1882,14 +1905,13 @@ class Run:
 
     def save(self) -> None:
         """checkpoints/<update>: progress, networks and optimisers (whole, so the same under every engine) and every rank's
-        own state. Written under another name and renamed: a kill leaves the old one or the new one; older ones go after."""
+        own state. Written under another name and renamed: a kill leaves the old ones or the new one too; the last two stay."""
         folder, total = self.out / "checkpoints", self.progress["total"]
         temporary, final, is_main = folder / "saving", folder / f"{total:08d}", self.accelerator.is_main_process
         self.progress["rows"] = self.metrics.rows
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            (temporary / "progress.json").write_text(json.dumps(self.progress))
         for name, state in self.network_states():  # all ranks must ask
             if is_main:
                 torch.save(state, temporary / f"{name}.pt")
@@ -1898,12 +1920,13 @@ class Run:
         torch.save(self.rank_state(), temporary / f"rank-{self.rank}.pt")
         self.accelerator.wait_for_everyone()
         if is_main:
+            files = sorted(file.name for file in temporary.iterdir())
+            (temporary / "progress.json").write_text(json.dumps(self.progress | {"files": files}))
             while final.exists():  # saved again at the same update: a later name, so that there always is a whole one
                 final = final.with_name(final.name + "+")
             temporary.rename(final)
-            for old in folder.iterdir():
-                if old != final:
-                    shutil.rmtree(old, ignore_errors=True)  # on network drives, a file that is still mapped stays
+            for old in sorted(folder.iterdir())[:-2]:
+                shutil.rmtree(old, ignore_errors=True)  # on network drives, a file that is still mapped stays
         self.accelerator.wait_for_everyone()
 
     def network_states(self):

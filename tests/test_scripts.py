@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from itertools import pairwise, product
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,6 +253,36 @@ def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, d
         for name, other in (("paired_error", stage), ("paired_error_undistilled", "gc")):
             difference = end_points(other, steps, w)[1] - end_points("gc", 8, w)[1]
             assert difference.pow(2).mean().sqrt().item() == pytest.approx(float(row[name]), abs=1e-4)
+
+
+DAMAGES = {
+    "truncated": lambda checkpoint: os.truncate(checkpoint / "student.pt", 1000),
+    "a byte flipped": lambda checkpoint: flip_byte(checkpoint / "student_optimizer.pt"),
+    "a rank's file missing": lambda checkpoint: (checkpoint / "rank-0.pt").unlink(),
+    "progress empty": lambda checkpoint: (checkpoint / "progress.json").write_text(""),
+}
+
+
+def flip_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, teacher_folder, data, capsys):
+    """For the one before it, with the same result; if that is damaged too, the run is refused and left alone."""
+    flags = arguments("lcm_ddil", teacher_folder, data, tmp_path / "run", "--save_every", 2)
+    run_here(*flags, script="lcm_ddil.py")
+    expected = weights_of(tmp_path / "run" / "pipeline")
+    newest, before = (sorted((tmp_path / "run" / "checkpoints").iterdir())[i] for i in (-1, -2))
+    DAMAGES[damage](newest)
+    run_here("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
+    assert f"{newest} is damaged; going on from {before}" in capsys.readouterr().out
+    assert distance(weights_of(tmp_path / "run" / "pipeline"), expected) == 0
+    for checkpoint in filter(common.is_whole, (tmp_path / "run" / "checkpoints").iterdir()):
+        DAMAGES[damage](checkpoint)
+    assert "those before it are damaged" in refusal("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
 
 
 ALL_SOURCES = {
