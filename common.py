@@ -708,9 +708,8 @@ def read_tables(files: list[Path], streaming: bool, caption: str | None):
         features = rows.features or rows._resolve_features().features
         path = column_of(features, IMAGE_COLUMNS)
         if path and getattr(features[path], "dtype", "").endswith("string"):
-            rows = rows.map(
-                lambda row, path=path, at=folder: {path: row[path] and str(at / row[path])}, features=features
-            )
+            full = lambda row, path=path, at=folder: {path: row[path] and str(at / row[path])}
+            rows = rows.map(full, features=features)
         parts.append(rows)
     return datasets.concatenate_datasets(parts)
 
@@ -732,9 +731,9 @@ def read_path(path: Path, what: str, streaming: bool, caption: str | None) -> tu
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
         splits = {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
-        return {
-            name: rows.to_iterable_dataset(min(64, len(rows))) if streaming else rows for name, rows in splits.items()
-        }, "save_to_disk"
+        if streaming:
+            splits = {name: rows.to_iterable_dataset(min(64, len(rows))) for name, rows in splits.items()}
+        return splits, "save_to_disk"
     names = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     files = {}
     for file in names:
@@ -748,9 +747,8 @@ def read_path(path: Path, what: str, streaming: bool, caption: str | None) -> tu
         wanted = "tars, tables (parquet, jsonl, csv), images, or a text file of prompts"
         raise SystemExit(f"{what}: holds {counts(files)}; it must hold {wanted}")
     reader, kinds = found
-    is_test = lambda file: re.search(
-        r"(^|[/._-])(test|validation|valid|val)([/._-]|$)", str(file.relative_to(path)).lower()
-    )
+    says_test = re.compile(r"(^|[/._-])(test|validation|valid|val)([/._-]|$)")
+    is_test = lambda file: says_test.search(str(file.relative_to(path)).lower())
     splits = {"train": [f for f in of(kinds) if not is_test(f)], "test": [f for f in of(kinds) if is_test(f)]}
     if not splits["train"]:
         splits = {"train": of(kinds)}
@@ -821,10 +819,8 @@ def open_rows(
         train._ex_iterable.split_when_sharding = False  # of each rank's files so many; not shared out among them
     else:
         n = len(train) - min(HELD_OUT, max(1, len(train) // 10))
-        train, held_out = (
-            train.select(range(n)),
-            [row["caption"] for row in captions(train.select(range(n, len(train))))],
-        )
+        held_out = [row["caption"] for row in captions(train.select(range(n, len(train))))]
+        train = train.select(range(n))
     held_out = [text for text in (caption_of(value, 0) for value in held_out) if text]
     if not held_out or not streaming and len(train) == 0:
         raise SystemExit(f"{flag} {name}: its {'training' if held_out else 'test'} split has no usable row ({taken})")
