@@ -1829,11 +1829,13 @@ class Run:
             with self.accelerator.accumulate(trained.network) if trained else nullcontext():
                 yield
 
-    def backward(self, losses: Tensor, t: Tensor | None = None, source: str | None = None, cost: float = 2) -> None:
-        """Add the gradient of losses [B]; with their timesteps and source, into the metrics. SystemExit on all ranks if
-        they are not finite. cost: UNet forwards of a sample that the backward pass counts as."""
+    def backward(
+        self, losses: Tensor, t: Tensor | None = None, source: str | None = None, cost: float = 2, of: str = "student"
+    ) -> None:
+        """Add the gradient of losses [B] of a network; with their timesteps and source, into the metrics. cost: UNet
+        forwards of a sample that the backward pass counts as."""
         loss = losses.mean()
-        self.unread.append((f"loss on {source or 'generated'} states", loss.detach()))
+        self.unread.append((f"{of}'s loss" + f" on {source} states" * bool(source), loss.detach()))
         self.accelerator.backward(loss)
         self.progress["forwards"] += cost * len(losses)
         if source:

@@ -493,7 +493,7 @@ def main(argv=None) -> None:
                 losses, notes = critic_step(
                     schedule, nets.fake, nets.judge, x_g, x, cond, args.critic_gan_weight, noise
                 )
-                run.backward(losses, cost=2 + 4 * gan_cost)  # the GAN: back through twice as many samples
+                run.backward(losses, cost=2 + 4 * gan_cost, of="critic")  # the GAN: back through twice as many samples
                 run.note(notes | {f"loss_fake_{origin}": notes["loss_fake"]})
             run.step(nets.critic, GRAD_CLIP, "grad_norm_critic")
 
