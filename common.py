@@ -1183,7 +1183,7 @@ def flag_parser(doc: str, recipes: dict):
     paper, run, choice = p.add_argument_group("paper"), p.add_argument_group("run"), argparse.BooleanOptionalAction
     add = paper.add_argument
     add("--teacher", help="pipeline to distil: folder or hub name")
-    add("--data", help="images with captions: folder (parquet, imagefolder, webdataset) or hub name")
+    add("--data", help="images with captions: folder or file (tars, tables, images beside texts), or hub name")
     add("--reflect", type=threshold, help="threshold for x estimates: measured | none | a radius (App. A; [D15])")
     add("--global_batch_size", type=positive_int, help="samples an update, over all processes (sec. 5)")
     add("--warmup", type=natural_int, help="updates of warm-up (sec. 5: 500)")

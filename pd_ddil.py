@@ -272,9 +272,8 @@ class Evaluation:
         pictures. Made once and kept in a file of the run."""
         run, args = self.run, self.run.args
         if not self.file.exists():
-            gc = run.model(
-                load_pipeline(str(self.gc), resolution=run.args.resolution).unet.to(run.device), "v_prediction"
-            )
+            unet = load_pipeline(str(self.gc), resolution=run.args.resolution).unet
+            gc = run.model(unet.to(run.device), "v_prediction")
             steps = [args.teacher_steps, *map(int, halvings(args.teacher_steps, args.student_steps))]
             ends = {str(n): self.end_points(gc, n) for n in steps} | {f"grid_{n}": self.grid_row(gc, n) for n in steps}
             if run.accelerator.is_main_process:
@@ -283,21 +282,20 @@ class Evaluation:
             run.accelerator.wait_for_everyone()
         return load_file(self.file)[name].to(run.device)
 
-    def paired_error(self, ends: Tensor) -> float:
-        """RMS distance in latent space to stages/gc at teacher_steps, from the same noise, prompt and w."""
-        return (ends - self.reference(str(self.run.args.teacher_steps))).pow(2).mean().sqrt().item()
-
-    def report(self, student: Model, steps: int) -> None:
-        """The paired errors of a stage, as a row of metrics.csv and a line."""
+    def report(self, student: Model, teacher: Model, steps: int) -> None:
+        """RMS distances in latent space from the same noise, prompt and w, as a row of metrics.csv and a line: to the end
+        points of stages/gc at teacher_steps (also of itself, undistilled), and to those of this stage's own teacher."""
+        distance = lambda a, b: f"{(a - b).pow(2).mean().sqrt().item():.5f}"
+        ends, goal = self.end_points(student, steps), self.reference(str(self.run.args.teacher_steps))
         errors = {
-            "paired_error": self.paired_error(self.end_points(student, steps)),
-            "paired_error_undistilled": self.paired_error(self.reference(str(steps))),
+            "paired_error": distance(ends, goal),
+            "paired_error_undistilled": distance(self.reference(str(steps)), goal),
+            "stage_error": distance(ends, self.end_points(teacher, 2 * steps)),
         }
-        errors = {name: f"{error:.5f}" for name, error in errors.items()}
         labels = {"phase": str(steps), "total_updates": self.run.progress["total"]}
         self.run.metrics.flush(self.run.accelerator, **labels, **errors)
-        line = "{} steps: paired trajectory error {paired_error}, undistilled {paired_error_undistilled}"
-        self.run.print(line.format(steps, **errors))
+        line = "{} steps: paired trajectory error {paired_error}, undistilled {paired_error_undistilled}, "
+        self.run.print((line + "to its own teacher {stage_error}").format(steps, **errors))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,7 +399,7 @@ def convert(run: Run, phase: Phase, evaluation: Evaluation, folder: Path, out: P
 def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder: Path, out: Path) -> None:
     """Alg. 3 lines 2-12: the pipeline in `folder` is distilled into one of half the steps in `out`."""
     args, steps = run.args, int(phase.name)
-    _, teacher, unet = open_phase(run, phase, folder)  # Alg. 3 line 2
+    guided, teacher, unet = open_phase(run, phase, folder)  # Alg. 3 line 2
     student = run.trainable("student", unet)
     model, rolling = run.model(student.network, "v_prediction"), run.model(student.plain, "v_prediction")
     tau = torch.tensor([*timestep_grid(2 * steps), CLEAN], device=run.device)
@@ -426,7 +424,7 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
                 run.backward(losses, t, source)
             run.step(student, GRAD_CLIP)  # Alg. 3 line 11
             run.labels = {"phase": phase.name, "part": part + 1, "buffer_size": len(dagger)}
-    evaluation.report(rolling, steps)
+    evaluation.report(rolling, guided, steps)
     final = run.whole_network(student)
     dagger.clear()  # its grid and models change with the stage [D16]
     run.finish(lambda: save_pipeline(out, run.pipe, final, sampler_of(run.pipe)))  # Alg. 3 line 12: the next teacher
@@ -445,7 +443,7 @@ def main(argv=None) -> None:
             f"warning: nothing is trained at 999, where sampling starts, in {', '.join(blind)}: add --store_start"
         )
     labels = ["phase", "part", "update", "total_updates", "unet_forwards", "buffer_size", "lr", "seconds"]
-    errors = ["paired_error", "paired_error_undistilled"]
+    errors = ["paired_error", "paired_error_undistilled", "stage_error"]
     losses = ["loss", "loss_forward", "loss_dagger", *[f"loss_t{t}" for t in timestep_grid(args.teacher_steps // 2)]]
     columns = [*losses, "t_mean", "grad_norm", "buffer_age", "student_moves", "moved_by_reflect"]
     run.open(__file__, labels + errors, columns, plan={f"phase {phase.name}": phase for phase in phases})

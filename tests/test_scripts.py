@@ -228,7 +228,8 @@ def test_forwards_of_pd(finished):
 @pytest.mark.parametrize("stage, steps", [("v", 8), ("gc", 8), ("gc", 2), ("4", 4), ("2", 2)])
 def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, data):
     """A saved stage in plain diffusers gives our rollout's images within 1/255: w embedding, grid, clean end. Its paired
-    error is the RMS distance to stages/gc at 8 steps, from the same noise, held-out prompts and w."""
+    error is the RMS distance to stages/gc at 8 steps, from the same noise, held-out prompts and w; its stage error, that
+    to the stage which taught it."""
     captions, z = open_rows(str(data)).held_out, noise_of(range(4), (4, 8, 8), seed=1)
     w = 2 + 3 * torch.rand(4, generator=torch.Generator().manual_seed(1))
 
@@ -250,8 +251,10 @@ def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, d
     assert (ours.clamp(0, 1) - images).abs().max() < 1 / 255
     assert not torch.equal(stock(captions, guidance_scale=7.0, **settings).images, images)  # it does listen to w
     for row in (row for row in rows_of(finished("pd_ddil")) if row["paired_error"] and row["phase"] == stage):
-        for name, other in (("paired_error", stage), ("paired_error_undistilled", "gc")):
-            difference = end_points(other, steps, w)[1] - end_points("gc", 8, w)[1]
+        teacher = {"4": "gc", "2": "4"}[stage], 2 * steps
+        pairs = {"paired_error": (stage, "gc", 8), "paired_error_undistilled": ("gc", "gc", 8)}
+        for name, (other, *goal) in (pairs | {"stage_error": (stage, *teacher)}).items():
+            difference = end_points(other, steps, w)[1] - end_points(*goal, w)[1]
             assert difference.pow(2).mean().sqrt().item() == pytest.approx(float(row[name]), abs=1e-4)
 
 
