@@ -466,7 +466,8 @@ def open_pipeline(name: str, flag: str):
         except Exception as error:  # noqa: BLE001  as above
             failures.append(error)
     else:
-        raise SystemExit(f"{flag} {name}: cannot be loaded ({failures[0]})")
+        unsafe = "; its .bin files are not loaded: let diffusers save it anew, as safetensors"
+        raise SystemExit(f"{flag} {name}: cannot be loaded ({failures[0]}){unsafe * any(Path(name).rglob('*.bin'))}")
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
@@ -753,7 +754,8 @@ def read_path(path: Path, what: str, streaming: bool, caption: str | None) -> tu
     if not splits["train"]:
         splits = {"train": of(kinds)}
     read = {name: reader(found, streaming, caption) for name, found in splits.items() if found}
-    return read, f"{counts(kinds)}; beside it {counts(sorted(files.keys() - set(kinds)))}"
+    used = [*kinds, *(["txt", "caption"] if reader is read_images else [])]
+    return read, f"{counts(used)}; beside it {counts(sorted(files.keys() - set(used)))}"
 
 
 @dataclass
@@ -887,14 +889,17 @@ def report_on_data(args, pipe, rows: Rows, accelerator) -> str:
         return ""
     shape = image_shape(pipe)
     counts, examples, sides, sheet = Counter(usable=0), {}, [], Path(f"{Path(args.output_dir)}-data.png")
+    tokenizer, n_cut = pipe.tokenizer, 0
     with ThreadPoolExecutor() as threads:
         for reason, sample in tqdm(ahead(threads, partial(decode, shape=shape), rows.train), desc="checking"):
             counts[reason or "usable"] += 1
+            n_cut += not reason and len(tokenizer(sample["caption"]).input_ids) > tokenizer.model_max_length
             if not reason and "pixels" in sample:
                 sides.append(min(h / n for h, n in zip(sample["height_width"], shape)))
                 if len(examples) < 8:
                     examples[f"{counts['usable']}. {sample['caption'][:70]}"] = [Image.fromarray(sample["pixels"])]
     lines = [("read", rows.taken), ("held-out captions", len(rows.held_out)), *counts.items()]
+    lines.append(("captions cut", f"{n_cut}, to {tokenizer.model_max_length} tokens"))
     if examples:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         save_sheet(sheet, examples, label_width=450)

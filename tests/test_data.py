@@ -488,6 +488,7 @@ def test_check_data(tmp_path, teacher_folder, capsys):
         "2 .parquet",
         "usable                   22",
         "22 smaller than 32 x 48",
+        "captions cut             0, to 16",
         "captions        2",
     ]
     assert all(word in out for word in words), out
@@ -497,7 +498,7 @@ def test_check_data(tmp_path, teacher_folder, capsys):
 
 BAD_TEACHERS = {
     "without text_encoder": "lacks its text_encoder", "without tokenizer": "lacks its tokenizer",
-    "latents_mean": "latents_mean", "shift_factor": "shift_factor",
+    "latents_mean": "latents_mean", "shift_factor": "shift_factor", "bin": "let diffusers save it anew",
 }  # fmt: skip
 
 
@@ -508,6 +509,8 @@ def test_teachers_that_do_not_fit(kind, tmp_path, xl_folder, data_folder):
         part = kind.split()[1]
         shutil.rmtree(folder / part)
         change_json(folder / "model_index.json", **{part: [None, None]})
+    elif kind == "bin":
+        (file := folder / "unet" / "diffusion_pytorch_model.safetensors").rename(file.with_suffix(".bin"))
     else:
         change_json(folder / "vae" / "config.json", **{kind: [0.1] * 4 if "mean" in kind else 0.1})
     for script in ("pd_ddil.py", "lcm_ddil.py", "dmd2_ddil.py"):
