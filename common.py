@@ -240,7 +240,7 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     for j, (t, s) in enumerate(pairwise(student_grid)):  # Alg. 2 line 2
         path = teacher_grid[teacher_grid.index(t) : teacher_grid.index(s) + 1]  # t -> m -> s, Alg. 3 line 7
         stop = query is not None and j >= max(query, default=0)
-        # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition; drawn on the CPU, no device is waited for
+        # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition; with a generator on the CPU none waits
         student_moves = torch.rand(len(z), generator=generator, device=generator.device) < rates[:, j]
         asks_all = query is not None and j in query
         asked, moved = (rows_of(m, multiple).to(z.device) for m in (asks_all | ~student_moves, student_moves))
@@ -909,6 +909,10 @@ def report_on_data(args, pipe, rows: Rows, accelerator) -> str:
     return "\n".join(f"{what:24} {value}" for what, value in lines)
 
 
+def rows_of_columns(columns: dict[str, Sequence]) -> list[dict]:
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
 def ahead(threads: ThreadPoolExecutor, function: Callable, items: Iterable, n: int = 64):
     """function(item) of all items in order, n of them under way."""
     items, waiting = iter(items), deque()
@@ -935,8 +939,7 @@ class ShuffledRows:
             start = (k * self.n_ranks + self.rank) * self.batch_size
             places = [divmod(place, len(self.rows)) for place in range(start, start + self.batch_size)]
             columns = self.rows[[self.index(*place) for place in places]]
-            rows = (dict(zip(columns, values)) for values in zip(*columns.values()))
-            self.k, self.batch = k, [(row, epoch) for row, (epoch, _) in zip(rows, places)]
+            self.k, self.batch = k, [(row, epoch) for row, (epoch, _) in zip(rows_of_columns(columns), places)]
         self.position += 1
         return self.batch[b]
 
@@ -1058,6 +1061,10 @@ class LatentData:
                 raise SystemExit(f"--data: {n} {among} cannot be used: {self.reasons()}; --check_data counts them all")
         return samples
 
+    def decoded(self, columns: dict[str, Sequence]) -> list[dict]:
+        """The usable samples among rows that were not drawn by the stream."""
+        return self.usable(self.threads.map(partial(decode, shape=self.shape), rows_of_columns(columns)))
+
     def reasons(self) -> str:
         return ", ".join(f"{n} x {reason}" for reason, n in self.unusable.items()) or "no sample at all"
 
@@ -1121,8 +1128,7 @@ def make_cache(data: LatentData, rank: int, n_ranks: int):
     import datasets
 
     def encode(rows: dict) -> dict:
-        rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
-        samples = data.usable(data.threads.map(partial(decode, shape=data.shape), rows))
+        samples = data.decoded(rows)
         moments, ids = data.encode(samples) if samples else (torch.empty(0, 1), torch.empty(0, 1).long())
         return {"moments": moments.flatten(1).cpu().numpy(), "ids": ids.flatten(1).numpy()}
 
@@ -1849,7 +1855,7 @@ class Run:
         """Add the gradient of losses [B] of a network; with their timesteps and source, into the metrics. cost: UNet
         forwards of a sample that the backward pass counts as."""
         loss = losses.mean()
-        self.unread.append((f"{of}'s loss" + f" on {source} states" * bool(source), loss.detach()))
+        self.watch(f"{of}'s loss" + f" on {source} states" * bool(source), loss)
         self.accelerator.backward(loss)
         self.progress["forwards"] += cost * len(losses)
         if source:
@@ -1858,6 +1864,10 @@ class Run:
             self.metrics.add_by(
                 self.t_columns, torch.bucketize(t, self.t_bins), losses
             )  # loss of t in (bin before, bin]
+
+    def watch(self, name: str, value: Tensor) -> None:
+        """A value of this update that must be finite; it stays on the device until it is judged."""
+        self.unread.append((f"update {self.progress['total'] + 1}: the {name}", value.detach()))
 
     def judge(self) -> None:
         """The only wait for the device in an update: SystemExit on all ranks if a loss or a gradient's norm since the last
@@ -1869,8 +1879,7 @@ class Run:
         for name, value in zip(names, values):
             if not math.isfinite(value):  # the same verdict on all ranks
                 last = f"the last good checkpoint: {last_checkpoint(self.out / 'checkpoints') or 'none yet'}"
-                where = f"update {self.progress['total'] + 1}: the {name} is {value}"
-                raise SystemExit(f"{where}; stopped, {last}; a lower --learning_rate may help")
+                raise SystemExit(f"{name} is {value}; stopped, {last}; a lower --learning_rate may help")
 
     def step(self, trained: Trained, max_norm: float, column: str = "grad_norm") -> None:
         """Clip the gradient, AdamW, and leave no gradient. The first network's step waits for the verdict on all that was
@@ -1881,7 +1890,7 @@ class Run:
         else:
             norm = self.accelerator.clip_grad_norm_(trained.parameters, max_norm)
         if self.accelerator.scaler is None:  # fp16's scaler skips such updates
-            self.unread.append(("gradient's norm", norm.detach()))
+            self.watch("gradient's norm", norm)
         if trained is next(iter(self.trained.values())):
             self.judge()
         self.note({column: norm})

@@ -55,7 +55,7 @@ from common import CLEAN, add_noise, rotation, timestep_grid
 from common import mixed_rollout, student_rollout, teacher_rollout
 from common import PromptEncoder, UNetModel, dpm_solver, find_pipeline, latent_shape, load_pipeline, load_schedule
 from common import open_pipeline, with_guidance
-from common import LatentData, decode, image_shape, open_image, open_rows
+from common import LatentData, image_shape, open_image, open_rows
 from common import fingerprint, frozen_dtype, in_order, noise_generator, noise_of, number, positive_int, priors_of
 from common import save_sheet, seed_int, seed_of, share, start_accelerator
 # isort: on
@@ -471,7 +471,8 @@ def write_json(file: Path, content) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Net(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Net:
     """A network that measures, and what its numbers depend on: name and sha256 of its weights, a resize."""
 
     name: str
@@ -747,22 +748,22 @@ class Evaluation:
 
     def features(self, net: Net, images: Images) -> Tensor:
         """Of all images, [n, D]; metrics of one network share the last ones."""
-        if self.last.get(net.name, (None,))[0] is not images:
-            self.last[net.name] = images, self.over(len(images), lambda rows: net.images(images.load(rows)))
-        return self.last[net.name][1]
+        if self.last.get(net, (None,))[0] is not images:
+            self.last[net] = images, self.over(len(images), lambda rows: net.images(images.load(rows)))
+        return self.last[net][1]
 
     def texts(self, net: Net, images: Images) -> Tensor:
         return self.over(len(images), lambda rows: net.texts([images.prompts[i] for i in rows]))
 
     def reference(self, net: Net) -> Tensor:
         """Features of the real images; kept in a file, which --reference of another evaluation may name."""
-        if net.name not in self.of_reference and self.real is None:
-            self.of_reference[net.name] = load_features(Path(self.args.reference), net.facts)
-        elif net.name not in self.of_reference:
-            self.of_reference[net.name] = f = self.over(len(self.real), lambda rows: net.images(self.real.load(rows)))
+        if net not in self.of_reference and self.real is None:
+            self.of_reference[net] = load_features(Path(self.args.reference), net.facts)
+        elif net not in self.of_reference:
+            self.of_reference[net] = f = self.over(len(self.real), lambda rows: net.images(self.real.load(rows)))
             if self.accelerator.is_main_process:
                 save_file({"features": f}, self.out / f"reference-{net.name}.safetensors", metadata=net.facts)
-        return self.of_reference[net.name]
+        return self.of_reference[net]
 
     def measure(self, metric: str, images: Images) -> dict:
         net = self.nets[metric]
@@ -898,8 +899,8 @@ class Pair:
         self.candidate, self.device, config = candidate, ev.accelerator.device, candidate.config
         stage_v = candidate.run / "stages" / "v" if candidate.run else None
         teacher = ev.args.teacher or (str(stage_v) if stage_v and stage_v.is_dir() else config.get("teacher"))
-        self.data = ev.args.data or config.get("data")
-        for flag, value, needed in ("teacher", teacher, True), ("data", self.data, "gap" in ev.args.shift):
+        data = ev.args.data or config.get("data")
+        for flag, value, needed in ("teacher", teacher, True), ("data", data, "gap" in ev.args.shift):
             if needed and value is None:
                 raise SystemExit(f"--shift: {candidate.model} belongs to no run that names its {flag}; give --{flag}")
         teacher_steps = ev.args.teacher_steps or config.get("teacher_steps", 32)
@@ -926,6 +927,7 @@ class Pair:
         half, vae = frozen_dtype(ev.accelerator), self.pipe.vae
         needs_fp32 = half == torch.float16 and vae.config.force_upcast  # as in the pipelines
         vae.to(self.device, torch.float32 if needs_fp32 else half)
+        self.dataset = open_rows(data).train if "gap" in ev.args.shift else None  # refused now, if at all
         self.label = f"{candidate.label}, {candidate.steps} steps"
         self.grid, self.teacher_grid = [*grid, CLEAN], [*teacher_grid, CLEAN]
 
@@ -986,15 +988,17 @@ def shift_gap(ev: Evaluation, pair: Pair, seed: int) -> dict:
     forward-diffused ones of the same captions (Frechet distance of latents pooled to 4 x 4, and each channel's mean and
     std), and how much student and teacher disagree about x on both. Beside it the same of latents that the teacher
     visits, which guidance moves too, and of forward-diffused latents of other images: what no shift gives for so many."""
-    dataset, timesteps = open_rows(pair.data).train, pair.grid[:-1]
+    dataset, timesteps = pair.dataset, pair.grid[:-1]
     order, rng = torch.Generator().manual_seed(0), torch.Generator(pair.device)
     n, order = min(ev.args.num_images, len(dataset) // 2), torch.randperm(len(dataset), generator=order)
     latents = LatentData(dataset, pair.teacher_pipe, pair.encoder, ev.args.batch_size, 0, 0, 1, rng, cache=False)
 
     def forward(rows: Tensor, noise: str) -> tuple[list[Tensor], Tensor]:
         """Forward-diffused states at each t, and the captions' token ids; rows of the shuffled data."""
-        samples = [decode(dataset[int(i)], image_shape(pair.pipe)) for i in order[rows]]
-        moments, ids = latents.encode(latents.usable(samples))
+        samples = latents.decoded(dataset[order[rows].tolist()])
+        if not samples:
+            raise SystemExit(f"--data: none of the rows {order[rows].tolist()} can be used: {latents.reasons()}")
+        moments, ids = latents.encode([samples[i % len(samples)] for i in range(len(rows))])  # in place of others
         mean, std = moments.unbind(dim=1)
         x, eps = (noise_of(rows, mean.shape[1:], seed_of(seed, noise, what)).to(pair.device) for what in ("x", "eps"))
         x = (mean + std * x) * latents.scaling

@@ -204,6 +204,19 @@ def test_rollouts_equal_diffusers(n):
         assert all_equal(rollout(SD, nonlinear_model, states[0], timesteps[:2], {}), ours[:2])
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.15, 1.0])
+def test_few_shapes_change_no_state(rate):
+    """Who moves together is filled up to a multiple: networks see whole or half batches, and nothing else is different."""
+    sizes, expected = [], mixed(rate, query=range(1, 4))
+    noted = [
+        lambda z_t, t, cond, model=model: sizes.append(len(z_t)) or model(z_t, t, cond) for model in (TEACHER, STUDENT)
+    ]
+    found = mixed(rate, teacher=noted[0], student=noted[1], query=range(1, 4), multiple=32)
+    assert {*sizes} <= {32, 64}
+    assert all_equal(found[0], expected[0])
+    assert all_equal([*found[1].values()], [*expected[1].values()])
+
+
 @with_and_without_support
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 def test_mixed_rollout_is_each_sample_s_own(rate, support):

@@ -361,6 +361,28 @@ def test_clip_scores(tmp_path):
     assert evaluate.similarity(context, net, shown(images))["value"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_networks_of_one_name_are_two(tmp_path, teacher_folder, small):
+    """Folders of the same name, one for --clip_weights, one for --hps_weights: features of one are not taken for the
+    other's."""
+    for seed, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        model, _ = random_clip(tmp_path / name / "clip")
+        weights = {key: (1 + seed) * value.contiguous() for key, value in model.state_dict().items()}
+        save_file(weights, tmp_path / name / "clip" / "open_clip_model.safetensors")
+    flags = [
+        *small[:6],
+        "--steps",
+        1,
+        "--clip_weights",
+        tmp_path / "a" / "clip",
+        "--hps_weights",
+        tmp_path / "b" / "clip",
+    ]
+    both = evaluated(tmp_path / "both", teacher_folder, *flags, "--metrics", "clip", "hps")["results"]
+    alone = evaluated(tmp_path / "alone", teacher_folder, *flags, "--metrics", "hps")["results"]
+    assert both[1]["value"] == alone[0]["value"] != both[0]["value"]
+
+
 @pytest.mark.parametrize("architecture, maker", [("ViT-g-14", "clip"), ("ViT-H-14", "hps")])
 def test_weights_from_a_file(architecture, maker, tmp_path, monkeypatch):
     """As the published checkpoints come, HPSv2's with its weights under "state_dict"; a small architecture here."""
@@ -573,6 +595,17 @@ def test_shift_is_found_where_there_is_one(tmp_path, pd_run, small):
         assert Image.open(out / name).size[0] > 100
     evaluated(tmp_path / "two", run, *flags, "switch")
     assert "0.317" not in (tmp_path / "two" / "results.md").read_text()
+
+
+def test_the_shift_s_data_may_hold_what_cannot_be_used(tmp_path, pd_run, data_folder, small):
+    """Others of the batch take its place; data that cannot be read at all are refused before an image is made."""
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    for i in range(0, 40, 10):
+        (data / "train" / f"{i:03d}.png").write_bytes(b"no image")
+    flags = [*small[:4], "--num_images", 12, "--metrics", "fd", "--shift", "gap", "--data"]
+    assert evaluated(tmp_path / "out", pd_run, *flags, data)["gap"][0]["n"] == 12
+    assert "--data no/such" in refused(tmp_path / "none", pd_run, *flags, "no/such")
+    assert not (tmp_path / "none" / "images").exists()
 
 
 def test_grids_that_do_not_align(tmp_path, pd_run, teacher_folder, data_folder, small):
