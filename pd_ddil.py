@@ -35,11 +35,11 @@ from torch import Tensor
 # isort: off
 from common import CLEAN, NoiseSchedule, any_timesteps, forward_states, timestep_grid
 from common import Support, ddim_step, reflect_v, rotation
-from common import Model, mixed_rollout, student_rollout
+from common import Model, mixed_rollout, teacher_rollout
 from common import SamplingPrior, TrajectoryBuffer
 from common import dpm_solver, drop_prompts, latent_shape, load_pipeline, with_guidance, with_w_embedding
 from common import Run, flag_parser, in_order, noise_of, non_negative, positive, positive_int, refuse_changes
-from common import resolve, save_pipeline, share
+from common import resolve, save_pipeline, seed_of, share
 # isort: on
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -50,9 +50,9 @@ PAPER = {"p_forward": (0.75, 0.5), "student_rate": (0.15, 0.8), "reuse": 2, "buf
 RECIPES = {
     "tiny": PAPER | {
         "teacher": "assets/tiny/pipeline", "data": "assets/tiny/data", "output_dir": "runs/pd_ddil-tiny",
-        "updates": {"v": [250], "gc": [400], "16": [150], "8": [200, 100], "4": [250, 150], "2": [250, 150], "1": [250, 150]},
-        "guidance_range": (1.5, 6.0), "global_batch_size": 32, "learning_rate": (5e-4, 1e-4), "warmup": 20,
-        "eval_guidance_scale": 4.0, "cache_latents": True, "log_every": 20, "save_every": 100,
+        "updates": {"v": [250], "gc": [600], "16": [250], "8": [200, 100], "4": [250, 150], "2": [250, 150], "1": [250, 150]},
+        "guidance_range": (2.0, 14.0), "global_batch_size": 32, "learning_rate": (5e-4, 1e-4), "warmup": 20,
+        "eval_guidance_scale": 8.0, "cache_latents": True, "log_every": 20, "save_every": 100,
     },
     "sd15": PAPER | {
         "output_dir": "runs/pd_ddil-sd15",
@@ -131,22 +131,25 @@ def forward_batch(
 
 
 class DAgger(TrajectoryBuffer):
-    """D_DAgger, and its credit: how many more uses the states that it was given are good for [D17]."""
+    """D_DAgger, and its credit: how many more uses the states that it was given are good for [D17]. Which states are drawn
+    is the host's choice, as their captions are on it: no wait for the device."""
 
-    def __init__(self, capacity: int, device):
+    def __init__(self, capacity: int, device, seed: int = 0):
         super().__init__(capacity)
-        self.device, self.credit = device, 0.0
+        self.device, self.credit, self.choices = device, 0.0, torch.Generator().manual_seed(seed)
 
     def clear(self) -> None:
         super().clear()
         self.credit = 0.0
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"credit": self.credit}
+        return super().state_dict() | {"credit": self.credit, "choices": self.choices.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state, self.device)
+        self.rows |= {name: value for name, value in state["rows"].items() if name == "ids"}  # on the host
         self.credit = state["credit"]
+        self.choices.set_state(state["choices"])
 
 
 # DDIL: the next three functions
@@ -165,7 +168,7 @@ def dagger_batch(
         dagger.add(**rows, born=torch.full_like(rows["w"], now))  # Alg. 2 line 6
         dagger.credit += len(rows["w"]) * run.args.reuse
     dagger.credit -= batch_size
-    rows = dagger.sample(batch_size, run.noise)
+    rows = dagger.sample(batch_size, dagger.choices)
     run.note({"buffer_age": now - rows["born"]})
     t, s = tau[2 * rows["j"]], tau[2 * rows["j"] + 2]
     return rows["z_t"], rows["z_s"], t, s, run.prompts.encode(rows["ids"]) | {"w": rows["w"]}
@@ -236,7 +239,8 @@ def sampler_of(pipe):
 
 
 class Evaluation:
-    """Fixed held-out prompts, noises and w; end points of stages/gc, against which every student is paired."""
+    """Fixed held-out prompts, noises and w; end points of stages/gc as it teaches, reflected, against which every student
+    is paired."""
 
     def __init__(self, run: Run, gc: Path):
         self.run, self.gc, captions = run, gc, run.held_out
@@ -246,19 +250,18 @@ class Evaluation:
         self.w = lo + (hi - lo) * torch.rand(self.n, generator=torch.Generator().manual_seed(1))
         self.file = run.out / "paired_reference.safetensors"
 
-    def trajectory_end(self, model: Model, steps: int, z: Tensor, cond: dict) -> Tensor:
-        return student_rollout(self.run.schedule, model, z, [*timestep_grid(steps), CLEAN], cond)[-1]
+    def trajectory_end(self, model: Model, steps: int, z: Tensor, cond: dict, support: Support = None) -> Tensor:
+        return teacher_rollout(self.run.schedule, model, z, [*timestep_grid(steps), CLEAN], cond, support)[-1]
 
     @torch.no_grad()
-    def end_points(self, model: Model, steps: int) -> Tensor:
-        """[n, C, h, w], by DDIM; the work is split over the ranks."""
+    def end_points(self, model: Model, steps: int, support: Support = None) -> Tensor:
+        """[n, C, h, w], by DDIM, reflected where a support is given; the work is split over the ranks."""
         run = self.run
 
         def ends_of(rows: Tensor) -> Tensor:
             cond = run.prompts.encode(self.ids[rows]) | {"w": self.w[rows].to(run.device)}
-            return self.trajectory_end(
-                model, steps, noise_of(rows, latent_shape(run.pipe), seed=1).to(run.device), cond
-            )
+            z = noise_of(rows, latent_shape(run.pipe), seed=1).to(run.device)
+            return self.trajectory_end(model, steps, z, cond, support)
 
         return torch.cat([*in_order(run.accelerator, self.n, run.args.batch_size, ends_of)])
 
@@ -268,14 +271,16 @@ class Evaluation:
         )
 
     def reference(self, name: str) -> Tensor:
-        """Of stages/gc: end points at "32" steps and, undistilled, at the students' "16", ...; rows "grid_32", ... of the
-        pictures. Made once and kept in a file of the run."""
+        """Of stages/gc: end points at "32" steps, reflected, and, undistilled, at the students' "16", ...; rows "grid_32",
+        ... of the pictures. Made once and kept in a file of the run."""
         run, args = self.run, self.run.args
         if not self.file.exists():
             unet = load_pipeline(str(self.gc), resolution=run.args.resolution).unet
             gc = run.model(unet.to(run.device), "v_prediction")
-            steps = [args.teacher_steps, *map(int, halvings(args.teacher_steps, args.student_steps))]
-            ends = {str(n): self.end_points(gc, n) for n in steps} | {f"grid_{n}": self.grid_row(gc, n) for n in steps}
+            supports = {args.teacher_steps: run.support}
+            supports |= dict.fromkeys(map(int, halvings(args.teacher_steps, args.student_steps)))  # as it would sample
+            ends = {str(n): self.end_points(gc, n, support) for n, support in supports.items()}
+            ends |= {f"grid_{n}": self.grid_row(gc, n) for n in supports}
             if run.accelerator.is_main_process:
                 save_file(ends, self.file.with_suffix(".tmp"))
                 self.file.with_suffix(".tmp").rename(self.file)
@@ -284,13 +289,14 @@ class Evaluation:
 
     def report(self, student: Model, teacher: Model, steps: int) -> None:
         """RMS distances in latent space from the same noise, prompt and w, as a row of metrics.csv and a line: to the end
-        points of stages/gc at teacher_steps (also of itself, undistilled), and to those of this stage's own teacher."""
+        points of stages/gc at teacher_steps (also of itself, undistilled), and to those of this stage's own teacher; of
+        either as it teaches."""
         distance = lambda a, b: f"{(a - b).pow(2).mean().sqrt().item():.5f}"
         ends, goal = self.end_points(student, steps), self.reference(str(self.run.args.teacher_steps))
         errors = {
             "paired_error": distance(ends, goal),
             "paired_error_undistilled": distance(self.reference(str(steps)), goal),
-            "stage_error": distance(ends, self.end_points(teacher, 2 * steps)),
+            "stage_error": distance(ends, self.end_points(teacher, 2 * steps, self.run.support)),
         }
         labels = {"phase": str(steps), "total_updates": self.run.progress["total"]}
         self.run.metrics.flush(self.run.accelerator, **labels, **errors)
@@ -449,7 +455,7 @@ def main(argv=None) -> None:
     run.open(__file__, labels + errors, columns, plan={f"phase {phase.name}": phase for phase in phases})
     names = [phase.name for phase in phases]
     folders = [Path(args.teacher), *[run.out / "stages" / name for name in names]]  # phase i distils folders[i]
-    dagger = run.keep("buffer", DAgger(args.buffer_size, run.device))
+    dagger = run.keep("buffer", DAgger(args.buffer_size, run.device, seed_of(args.seed, "dagger", run.rank)))
     evaluation = Evaluation(run, gc=folders[names.index("gc") + 1 if "gc" in names else 0])
     for i, phase in run.unfinished(phases):  # Alg. 3 line 1
         if phase.name.isdigit():
