@@ -1423,12 +1423,49 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     temporary.rename(folder)
 
 
-def save_pipeline(folder: Path, pipe, unet, scheduler) -> None:
-    """The teacher's pipeline with another UNet and scheduler, as stock diffusers loads it."""
+def save_pipeline(folder: Path, pipe, unet, scheduler, card: str = "") -> None:
+    """The teacher's pipeline with another UNet and scheduler, as stock diffusers loads it; with a model card."""
     settings = ("requires_safety_checker", "force_zeros_for_empty_prompt")  # of one family each, and no components
     extra = {name: pipe.config[name] for name in settings if name in pipe.config}
     student = type(pipe)(**{**pipe.components, "unet": unet, "scheduler": scheduler}, **extra)
-    replace_folder(Path(folder), student.save_pretrained)
+
+    def write(folder: Path) -> None:
+        student.save_pretrained(folder)
+        (folder / "README.md").write_text(card)
+
+    replace_folder(Path(folder), write)
+
+
+def model_card(args, script: str, steps: int, w: str, measured: dict) -> str:
+    """README.md of a saved pipeline: what it is, how to sample it, whose licence it has, and the settings that made it."""
+    own = Path(args.teacher) / "README.md"
+    licence = re.findall(r"^license: *(\S+)", own.read_text() if own.is_file() else "", re.MULTILINE)[:1]
+    head = [f"license: {name}" for name in licence] + [f"base_model: {args.teacher}"] * (
+        not Path(args.teacher).exists()
+    )
+    head += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags: [ddil, distillation, few-step]"]
+    head = "\n".join(head)
+    settings = {name: v for name, v in sorted(vars(args).items()) if name not in ACTIONS and v is not None}
+    table = "\n".join(f"| {name} | {value} |" for name, value in (settings | measured).items())
+    return f"""---
+{head}
+---
+`{args.teacher}`, distilled on `{args.data}` by `{script}` of [DDIL](https://arxiv.org/abs/2410.11971), diffusion distillation with
+imitation learning. It samples in {steps} steps, `guidance_scale` {w}:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS FOLDER")
+image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={w.split()[0]}).images[0]
+```
+
+The teacher's licence{"".join(f", {name}," for name in licence)} holds for what is distilled from it, and the data may have terms of their own.
+
+| setting | |
+|---|---|
+{table}
+"""
 
 
 def load_state(file: Path):
@@ -1574,6 +1611,7 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.trained, self.kept = args, Path(args.output_dir), {}, {}
+        self.measured = {}  # of the student at hand, for its model card
         self.accelerator = start_accelerator(log_with=args.report_to, project_dir=args.output_dir)
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.n_ranks = self.accelerator.num_processes
@@ -1604,6 +1642,7 @@ class Run:
         from accelerate.utils import set_seed
 
         args, device, networks = self.args, self.device, networks or {"teacher": self.pipe.unet}
+        self.script = Path(script).name
         named = {"image": args.image_column, "caption": args.caption_column}
         rows = open_rows(args.data, need_images=need_images, streaming=args.streaming, **named)
         self.held_out = rows.held_out
@@ -1724,6 +1763,11 @@ class Run:
             return v
 
         return noted
+
+    def save_student(self, folder: Path, unet, scheduler, steps: int, w: str) -> None:
+        """A pipeline of stock diffusers that samples in so many steps at guidance scale w (a number, or "LO to HI")."""
+        card = model_card(self.args, self.script, steps, w, self.measured)
+        save_pipeline(folder, self.pipe, unet, scheduler, card)
 
     def whole_network(self, trained: Trained):
         """The UNet without its engine, to be saved; where it is sharded, a copy that is whole on the first rank."""

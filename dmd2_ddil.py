@@ -42,7 +42,7 @@ from common import SamplingPrior
 from common import UNetModel, betas_of, latent_shape, lcm_scheduler, load_pipeline, load_schedule, refuse_zero_snr
 from common import with_guidance
 from common import Run, Trained, add_prior_flags, flag_parser, non_negative, part_of, positive, positive_int, priors_of
-from common import resolve, save_pipeline, seed_of
+from common import resolve, seed_of
 # isort: on
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -498,9 +498,10 @@ def main(argv=None) -> None:
             run.step(nets.critic, GRAD_CLIP, "grad_norm_critic")
 
     final = run.whole_network(nets.student)
+    w = str(args.guidance_scale if final.config.time_cond_proj_dim is not None else 1.0)
     if run.accelerator.is_main_process:
-        save_pipeline(run.out / "pipeline", run.pipe, final, lcm_scheduler(pipes["student"], args.student_steps))
-    w = args.guidance_scale if final.config.time_cond_proj_dim is not None else 1.0
+        scheduler = lcm_scheduler(pipes["student"], args.student_steps)
+        run.save_student(run.out / "pipeline", final, scheduler, args.student_steps, w)
     run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {w}")
 
 

@@ -46,7 +46,7 @@ from common import (
     positive,
     positive_int,
 )
-from common import priors_of, replace_folder, resolve, save_pipeline, share, whole
+from common import priors_of, replace_folder, resolve, share, whole
 # isort: on
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -195,8 +195,9 @@ def without_lora(model: Model, unet) -> Model:
     return frozen
 
 
-def save_student(run: Run, unet) -> None:
+def save(run: Run, unet, w: str) -> None:
     """pipeline/ in stock diffusers' format; of a LoRA its weights alone in lora/, and the pipeline with them fused."""
+    scheduler = lcm_scheduler(run.pipe, run.args.teacher_steps)
     if run.args.lora_rank:
         from peft import get_peft_model_state_dict
 
@@ -207,7 +208,7 @@ def save_student(run: Run, unet) -> None:
         run.pipe.fuse_lora()
         run.pipe.unload_lora_weights()
         unet = run.pipe.unet
-    save_pipeline(run.out / "pipeline", run.pipe, unet, lcm_scheduler(run.pipe, run.args.teacher_steps))
+    run.save_student(run.out / "pipeline", unet, scheduler, run.args.student_steps, w)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,9 +353,9 @@ def main(argv=None) -> None:
         run.labels = {"part": part + 1}
 
     final = run.whole_network(student)
-    if run.accelerator.is_main_process:
-        save_student(run, final)
     w = "1.0" if args.lora_rank else "{} to {}".format(*args.guidance_range)
+    if run.accelerator.is_main_process:
+        save(run, final, w)
     run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {w}")
 
 

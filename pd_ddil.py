@@ -23,7 +23,9 @@ Plain PD is --p_forward 1. What the paper adds to it: grep "# DDIL:" pd_ddil.py 
 """
 
 import copy
+import shutil
 from argparse import ArgumentTypeError
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +41,7 @@ from common import Model, mixed_rollout, teacher_rollout
 from common import SamplingPrior, TrajectoryBuffer
 from common import dpm_solver, drop_prompts, latent_shape, load_pipeline, with_guidance, with_w_embedding
 from common import Run, flag_parser, in_order, noise_of, non_negative, positive, positive_int, refuse_changes
-from common import resolve, save_pipeline, seed_of, share
+from common import replace_folder, resolve, seed_of, share
 # isort: on
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -238,6 +240,10 @@ def sampler_of(pipe):
     return dpm_solver(pipe, "v_prediction", order=1)
 
 
+def guidance_of(args) -> str:
+    return "{} to {}".format(*args.guidance_range)
+
+
 class Evaluation:
     """Fixed held-out prompts, noises and w; end points of stages/gc as it teaches, reflected, against which every student
     is paired."""
@@ -298,6 +304,7 @@ class Evaluation:
             "paired_error_undistilled": distance(self.reference(str(steps)), goal),
             "stage_error": distance(ends, self.end_points(teacher, 2 * steps, self.run.support)),
         }
+        self.run.measured = errors
         labels = {"phase": str(steps), "total_updates": self.run.progress["total"]}
         self.run.metrics.flush(self.run.accelerator, **labels, **errors)
         line = "{} steps: paired trajectory error {paired_error}, undistilled {paired_error_undistilled}, "
@@ -378,7 +385,8 @@ def convert(run: Run, phase: Phase, evaluation: Evaluation, folder: Path, out: P
     guided, teacher, unet = open_phase(run, phase, folder)
     student = run.trainable("student", unet)
     model, rolling = run.model(student.network, "v_prediction"), run.model(student.plain, "v_prediction")
-    steps, sampled = run.args.teacher_steps, with_guidance(rolling, run.null) if phase.name == "v" else rolling
+    args, steps = run.args, run.args.teacher_steps
+    sampled = with_guidance(rolling, run.null) if phase.name == "v" else rolling
     rows = {f"teacher, {steps} steps": evaluation.grid_row(guided, steps)}
 
     def sample() -> None:
@@ -388,7 +396,7 @@ def convert(run: Run, phase: Phase, evaluation: Evaluation, folder: Path, out: P
     for part, n in enumerate(phase.updates):
         student.renew_optimizer()
         run.labels = {"phase": phase.name, "part": part + 1, "buffer_size": 0}
-        for _ in run.updates(f"{phase.name} part {part + 1}", n, run.args.learning_rate[0], sample):
+        for _ in run.updates(f"{phase.name} part {part + 1}", n, args.learning_rate[0], sample):
             source = prior.draw(0)  # always "forward"
             for _ in run.minibatches(student):
                 x, cond = data_batch(run)
@@ -399,7 +407,7 @@ def convert(run: Run, phase: Phase, evaluation: Evaluation, folder: Path, out: P
                 run.backward(losses, t, source)
             run.step(student, GRAD_CLIP)
     final = run.whole_network(student)
-    run.finish(lambda: save_pipeline(out, run.pipe, final, sampler_of(run.pipe)))
+    run.finish(lambda: run.save_student(out, final, sampler_of(run.pipe), steps, guidance_of(args)))
 
 
 def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder: Path, out: Path) -> None:
@@ -433,7 +441,8 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
     evaluation.report(rolling, guided, steps)
     final = run.whole_network(student)
     dagger.clear()  # its grid and models change with the stage [D16]
-    run.finish(lambda: save_pipeline(out, run.pipe, final, sampler_of(run.pipe)))  # Alg. 3 line 12: the next teacher
+    scheduler, w = sampler_of(run.pipe), guidance_of(args)
+    run.finish(lambda: run.save_student(out, final, scheduler, steps, w))  # Alg. 3 line 12: the next teacher
 
 
 def main(argv=None) -> None:
@@ -463,9 +472,8 @@ def main(argv=None) -> None:
         else:
             convert(run, phase, evaluation, folders[i], folders[i + 1])
     if run.accelerator.is_main_process:
-        save_pipeline(run.out / "pipeline", run.pipe, load_pipeline(str(folders[-1])).unet, sampler_of(run.pipe))
-    lo, hi = args.guidance_range
-    run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {lo} to {hi}")
+        replace_folder(run.out / "pipeline", partial(shutil.copytree, folders[-1], dirs_exist_ok=True))
+    run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {guidance_of(args)}")
 
 
 if __name__ == "__main__":

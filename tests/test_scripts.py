@@ -205,6 +205,11 @@ def test_run_folder(script, finished, teacher_folder):
     updates = [int(row["total_updates"]) for row in rows_of(folder) if row["seconds"]]
     assert updates == [*range(1, UPDATES[script] + 1)]
     assert {path.name for path in folder.glob("stages/*")} == {*stages}
+    for pipeline in (folder / "pipeline", *folder.glob("stages/*")):  # model cards; the licence is the teacher's
+        card, steps = (pipeline / "README.md").read_text(), {"v": 8, "gc": 8, "pipeline": config["student_steps"]}
+        assert "\nlicense: openrail\n" in card and f"| teacher | {teacher_folder} |" in card
+        assert f"num_inference_steps={steps.get(pipeline.name, pipeline.name)}" in card
+    assert ("| paired_error |" in (folder / "pipeline" / "README.md").read_text()) == bool(stages)
     networks = [teacher_folder, *[folder / "stages" / stage for stage in stages], folder / "pipeline"]
     weights = [*map(weights_of, networks)]  # each stage starts from the one before, the last one is the pipeline
     moved = [distance(after, before) for before, after in pairwise(weights)]
