@@ -4,6 +4,7 @@ DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v
 
     laptop, minutes     accelerate launch evaluate.py assets/tiny/pipeline runs/pd_ddil-tiny
     covariate shift     accelerate launch evaluate.py runs/pd_ddil-tiny --shift
+    training curves     accelerate launch evaluate.py runs/pd_ddil-tiny --curves
     eight GPUs          accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 evaluate.py
                         --protocol coco2017-512 --prompts captions_val2017.json --reference val2017
                         runs/pd_ddil-sd15 --sampler dpm++
@@ -25,6 +26,7 @@ label are averaged, and a label of the paper's tables brings the paper's numbers
 """
 
 import argparse
+import csv
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -170,6 +172,7 @@ def parse_args(argv=None):
     add("--switch_order", choices=ORDERS, nargs="+", help="Table 6, Table 7; default both")
     add("--data", help="images with captions whose forward diffusion is compared (default: the run's)")
     add = p.add_argument_group("run").add_argument
+    add("--curves", action="store_true", help="only draw the runs' metrics.csv, beside the embedded default's own")
     add("--batch_size", type=positive_int, help="images a process and forward; results do not depend on it")
     add("--output_dir", help="images and tables (default runs/evaluate-PROTOCOL); run again, it goes on there")
     add("--overwrite", action="store_true", help="replace images there that were made by other settings")
@@ -1177,6 +1180,47 @@ def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -
     plt.close(figure)
 
 
+# Panels of --curves: title, and the columns of metrics.csv that it shows
+CURVES = {
+    "loss": r"loss(_forward|_dagger|_teacher|_student|_matching(_[a-z]+)?|_fake(_[a-z]+)?|_gan|_judge)?",
+    "gradient norm": "grad_norm.*|matching_norm|gan_norm",
+    "share that reflect moves": "moved_.*",
+}
+OWN_CURVE = {
+    "pd_ddil": ("error against the teacher", "paired_error|stage_error"),
+    "lcm_ddil": ("loss by timestep (the highest of each bin)", r"loss_t\d+"),
+    "dmd2_ddil": ("latents: data (x), generated (x_g)", "x_mean|x_std|x_g_mean|x_g_std"),
+}
+
+
+def plot_curves(candidates: Sequence[Candidate], file: Path) -> None:
+    """A row of panels for each run: its metrics.csv, and dashed that of the embedded default (assets/results/curves)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(candidates), 4, figsize=(20, 4.2 * len(candidates)), squeeze=False)
+    for candidate, row in zip(candidates, axes):
+        usual = TINY.parent / "results" / "curves" / f"{candidate.script}.csv"
+        title, own = OWN_CURVE[candidate.script]
+        for axis, (what, columns) in zip(row, (CURVES | {title: own}).items()):
+            for source, line in (candidate.run / "metrics.csv", "-"), (usual, "--"):
+                with source.open(newline="") as csv_file:
+                    found = [*csv.DictReader(csv_file)]
+                for i, name in enumerate(name for name in found[0] if re.fullmatch(columns, name)):
+                    points = [(int(r["total_updates"]), float(r[name])) for r in found if r[name]]
+                    style = {"color": f"C{i % 10}", "linestyle": line, "marker": "o" if len(points) < 12 else None}
+                    axis.plot(
+                        *zip(*points), **style, alpha=1 if line == "-" else 0.4, label=name if line == "-" else None
+                    )
+            axis.set(title=f"{candidate.label}: {what}", xlabel="update", yscale="log" if "norm" in what else "linear")
+            axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
+
+
 def report(ev: Evaluation, results: list[dict], rows: list[dict], gaps: list[dict]) -> str:
     """results.json, results.md, contact.png and shift.png from all that is measured so far; returns the tables."""
     args, names = ev.args, ("torch", "diffusers", "transformers", "open_clip_torch", "lpips", "torch-fidelity")
@@ -1206,8 +1250,20 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     candidates = [candidate_of(args, i) for i in range(len(args.models))]
     folder = Path(args.output_dir)
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / "images").is_dir():
+    if (
+        folder.is_file()
+        or folder.is_dir()
+        and any(folder.iterdir())
+        and not {"images", "curves.png"} & {f.name for f in folder.iterdir()}
+    ):
         raise SystemExit(f"--output_dir {folder}: holds something else than an evaluation; choose another folder")
+    if args.curves:
+        if alone := [candidate.model for candidate in candidates if not candidate.run]:
+            raise SystemExit(f"--curves: {alone[0]} belongs to no run, whose metrics.csv could be drawn")
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_curves(candidates, folder / "curves.png")
+        print(f"{folder / 'curves.png'}: dashed, the embedded default")
+        return
     for candidate in candidates:  # what cannot work is refused now, not after hours
         find_pipeline(candidate.model, "MODEL")
     accelerator = start_accelerator()

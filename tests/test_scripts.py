@@ -264,6 +264,14 @@ def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, d
             assert difference.pow(2).mean().sqrt().item() == pytest.approx(float(row[name]), abs=1e-4)
 
 
+@pytest.mark.parametrize("script", ["pd_ddil"])
+def test_curves(script, finished, tmp_path):
+    """Of a run beside the reference; and of the stages that are finished."""
+    run_here(finished(script), "--curves", "--output_dir", tmp_path, script="evaluate.py")
+    assert Image.open(tmp_path / "curves.png").convert("L").getextrema() == (0, 255)
+    assert "belongs to no run" in refusal("assets/tiny/pipeline", "--curves", script="evaluate.py")
+
+
 DAMAGES = {
     "truncated": lambda checkpoint: os.truncate(checkpoint / "student.pt", 1000),
     "a byte flipped": lambda checkpoint: flip_byte(checkpoint / "student_optimizer.pt"),
