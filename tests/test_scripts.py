@@ -264,7 +264,7 @@ def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, d
             assert difference.pow(2).mean().sqrt().item() == pytest.approx(float(row[name]), abs=1e-4)
 
 
-@pytest.mark.parametrize("script", ["pd_ddil"])
+@each_script
 def test_curves(script, finished, tmp_path):
     """Of a run beside the reference; and of the stages that are finished."""
     run_here(finished(script), "--curves", "--output_dir", tmp_path, script="evaluate.py")
