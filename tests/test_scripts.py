@@ -117,12 +117,20 @@ def run_as_rank(log, argv, env, stop, notes) -> None:
     gc.freeze()  # of what was imported there is nothing to collect
     sys.stdout = sys.stderr = log.open("a", buffering=1)
     os.environ |= env
+    if "WORLD_SIZE" not in env:
+        sys.addaudithook(refuse_network)
     if notes:
         take_notes(notes)
     if stop:
         signal_myself(*stop)
     sys.argv = argv
     runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+
+
+def refuse_network(event, args) -> None:
+    """No run on one process speaks to anything but files, as nothing here has a hub's name."""
+    if event == "socket.getaddrinfo" or event == "socket.connect" and isinstance(args[1], tuple):
+        raise PermissionError(f"{event} {args}")
 
 
 def signal_myself(number, place: str, n: int) -> None:
