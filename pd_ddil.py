@@ -235,13 +235,10 @@ def plan_phases(args, prediction_type: str, has_w: bool) -> list[Phase]:
     return phases
 
 
-def sampler_of(pipe):
-    """The sampler that the saved stages carry: DDIM."""
-    return dpm_solver(pipe, "v_prediction", order=1)
-
-
-def guidance_of(args) -> str:
-    return "{} to {}".format(*args.guidance_range)
+def save(run: Run, unet, steps: int, out: Path) -> None:
+    """A stage, which stock diffusers samples by DDIM."""
+    scheduler, w = dpm_solver(run.pipe, "v_prediction", order=1), "{} to {}".format(*run.args.guidance_range)
+    run.save_student(out, unet, scheduler, steps, w)
 
 
 class Evaluation:
@@ -407,7 +404,7 @@ def convert(run: Run, phase: Phase, evaluation: Evaluation, folder: Path, out: P
                 run.backward(losses, t, source)
             run.step(student, GRAD_CLIP)
     final = run.whole_network(student)
-    run.finish(lambda: run.save_student(out, final, sampler_of(run.pipe), steps, guidance_of(args)))
+    run.finish(lambda: save(run, final, steps, out))
 
 
 def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder: Path, out: Path) -> None:
@@ -441,8 +438,7 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
     evaluation.report(rolling, guided, steps)
     final = run.whole_network(student)
     dagger.clear()  # its grid and models change with the stage [D16]
-    scheduler, w = sampler_of(run.pipe), guidance_of(args)
-    run.finish(lambda: run.save_student(out, final, scheduler, steps, w))  # Alg. 3 line 12: the next teacher
+    run.finish(lambda: save(run, final, steps, out))  # Alg. 3 line 12: the next teacher
 
 
 def main(argv=None) -> None:
@@ -473,7 +469,8 @@ def main(argv=None) -> None:
             convert(run, phase, evaluation, folders[i], folders[i + 1])
     if run.accelerator.is_main_process:
         replace_folder(run.out / "pipeline", partial(shutil.copytree, folders[-1], dirs_exist_ok=True))
-    run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {guidance_of(args)}")
+    lo, hi = args.guidance_range
+    run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {lo} to {hi}")
 
 
 if __name__ == "__main__":

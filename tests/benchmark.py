@@ -63,7 +63,9 @@ def save_model(folder: Path, size: str, gc: bool) -> Path:
         blocks = {"down_block_types": [*down, "DownBlock2D"], "up_block_types": ["UpBlock2D", *up]}
         blocks |= {"block_out_channels": (128, 192, 256), "cross_attention_dim": unet.config.cross_attention_dim}
         unet = UNet2DConditionModel(sample_size=32, in_channels=4, out_channels=4, attention_head_dim=8, **blocks)
-    unet, scheduler = (common.with_w_embedding(unet), pd_ddil.sampler_of(pipe)) if gc else (unet, pipe.scheduler)
+    unet, scheduler = (
+        (common.with_w_embedding(unet), common.dpm_solver(pipe, "v_prediction", 1)) if gc else (unet, pipe.scheduler)
+    )
     save_pipeline(folder, pipe, unet, scheduler)
     return folder
 
