@@ -1431,7 +1431,8 @@ def save_pipeline(folder: Path, pipe, unet, scheduler, card: str = "") -> None:
 
     def write(folder: Path) -> None:
         student.save_pretrained(folder)
-        (folder / "README.md").write_text(card)
+        if card:
+            (folder / "README.md").write_text(card)
 
     replace_folder(Path(folder), write)
 
@@ -1466,6 +1467,15 @@ The teacher's licence{"".join(f", {name}," for name in licence)} holds for what 
 |---|---|
 {table}
 """
+
+
+def save_state(state, file: Path) -> None:
+    """A tensor file of our own; SystemExit where the disk is full. The checkpoint before stays as it is."""
+    try:
+        torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+        free = shutil.disk_usage(file.parent).free / 2**20
+        raise SystemExit(f"{file}: cannot be written, {free:.0f} MiB are free ({error}); make room, then --resume")
 
 
 def load_state(file: Path):
@@ -1979,10 +1989,10 @@ class Run:
             temporary.mkdir(parents=True)
         for name, state in self.network_states():  # all ranks must ask
             if is_main:
-                torch.save(state, temporary / f"{name}.pt")
+                save_state(state, temporary / f"{name}.pt")
             del state  # or it would stay in memory beside the next one
         self.accelerator.wait_for_everyone()
-        torch.save(self.rank_state(), temporary / f"rank-{self.rank}.pt")
+        save_state(self.rank_state(), temporary / f"rank-{self.rank}.pt")
         self.accelerator.wait_for_everyone()
         if is_main:
             files = sorted(file.name for file in temporary.iterdir())

@@ -1182,14 +1182,14 @@ def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -
 
 # Panels of --curves: title, and the columns of metrics.csv that it shows
 CURVES = {
-    "loss": r"loss(_forward|_dagger|_teacher|_student|_matching(_[a-z]+)?|_fake(_[a-z]+)?|_gan|_judge)?",
+    "loss": "loss(_forward|_dagger|_teacher|_student|_matching|_fake|_gan|_judge)?",
     "gradient norm": "grad_norm.*|matching_norm|gan_norm",
     "share that reflect moves": "moved_.*",
 }
 OWN_CURVE = {
     "pd_ddil": ("error against the teacher", "paired_error|stage_error"),
-    "lcm_ddil": ("loss by timestep (the highest of each bin)", r"loss_t\d+"),
-    "dmd2_ddil": ("latents: data (x), generated (x_g)", "x_mean|x_std|x_g_mean|x_g_std"),
+    "lcm_ddil": ("loss by timestep", r"loss_t\d+"),
+    "dmd2_ddil": ("latents of data, x, and generated, x_g", "x_mean|x_std|x_g_mean|x_g_std"),
 }
 
 
@@ -1214,8 +1214,9 @@ def plot_curves(candidates: Sequence[Candidate], file: Path) -> None:
                     axis.plot(
                         *zip(*points), **style, alpha=1 if line == "-" else 0.4, label=name if line == "-" else None
                     )
-            axis.set(title=f"{candidate.label}: {what}", xlabel="update", yscale="log" if "norm" in what else "linear")
+            axis.set(title=what, xlabel="update", yscale="log" if "norm" in what else "linear")
             axis.legend(fontsize=7)
+        row[0].set_ylabel(candidate.label)
     figure.tight_layout()
     figure.savefig(file, dpi=80)
     plt.close(figure)

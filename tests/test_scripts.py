@@ -310,6 +310,24 @@ def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, teacher_folder, d
     assert "those before it are damaged" in refusal("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
 
 
+def test_a_full_disk_loses_nothing(tmp_path, teacher_folder, data, finished, monkeypatch):
+    """The run stops and says so; the checkpoint before is whole, and it goes on from there."""
+    flags = arguments("lcm_ddil", teacher_folder, data, tmp_path / "run")
+    save, left = torch.save, iter(range(4))  # three files are a checkpoint
+
+    def save_until_full(state, file):
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", save_until_full)
+    message = refusal(*flags, script="lcm_ddil.py")
+    assert "No space left on device" in message and "MiB are free" in message
+    monkeypatch.undo()
+    run_here("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
+    assert_same_run(tmp_path / "run", finished("lcm_ddil"))
+
+
 ALL_SOURCES = {
     "pd_ddil": "--teacher_steps 4 --student_steps 2 --p_forward .4 --student_rate .5 --eval_prompts 4",
     "lcm_ddil": "--p_forward .4 --p_teacher .3 --rollout_steps 4",
