@@ -744,6 +744,7 @@ class Evaluation:
         named = f"{title} ({self.nets[metric].name})" if metric in self.nets else title
         return title if named in PLAIN else named
 
+    @torch.no_grad()  # or each batch would keep its graph
     def over(self, n: int, function: Callable[[Tensor], Tensor], batch_size: int | None = None) -> Tensor:
         """function(rows) [B, ...] of the rows 0 .. n - 1, in order; the ranks share the work."""
         batch_size = batch_size or self.args.batch_size

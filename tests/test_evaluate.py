@@ -345,6 +345,7 @@ def test_clip_scores(tmp_path):
     model, _ = random_clip(tmp_path / "clip")
     net, images = evaluate.clip(args_of(clip_weights=tmp_path / "clip"), "cpu"), random_images(20)
     images[0].save(tmp_path / "source.png")
+    assert not Context().features(net, shown(images)).requires_grad  # or every batch would keep its graph
     preprocess, cosine = open_clip.image_transform(32, is_train=False), torch.cosine_similarity
     embed = lambda image: model.encode_image(preprocess(image)[None])[0]
     text = lambda prompt: model.encode_text(open_clip.tokenize([prompt]))[0]

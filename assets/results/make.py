@@ -1,19 +1,14 @@
-"""Tables of README and of assets/results/README.md, and gain.png, from the CSV files beside this one.
+"""Tables of README and of assets/results/README.md from the CSV files beside this one.
 
-pd.csv: a row for each run and stage; shift.csv: `evaluate.py --shift gap` of plain PD's students, a row for each timestep.
+pd.csv: a row for each run and stage; shift.csv: `evaluate.py --shift gap` of 4-step students, a row for each timestep.
 `python assets/results/make.py` prints the tables. To compare runs of your own, add their rows.
 """
 
 import csv
-from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib
-from scipy.stats import ttest_rel
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from scipy.stats import ttest_rel  # lpips brings it
 
 HERE = Path(__file__).parent
 ERRORS = ("paired_error", "stage_error")
@@ -87,48 +82,6 @@ def ablations(rows: list[dict]) -> None:
                 print(f"| {setting} | {steps} | {len(stage)} | {' | '.join(cells)} |")
 
 
-# rows of shift.csv -> the setting in which that student was trained
-RUNS = {"s84": "8 -> 4 alone", "s168": "16 -> 8 alone", "s42": "4 -> 2 alone", "long": "8 -> 4 alone, 4 times as long",
-        "pd": "chain", "none-pd": "chain, unreflected", "w6-pd": "chain, w 1.5 to 6"}  # fmt: skip
-
-
-def gain_against_shift(rows: list[dict]) -> None:
-    """gain.png, a point for each setting: how much worse plain PD's student agrees with its teacher on the latents that it
-    visits than on forward-diffused ones (RMS over timesteps), and how much lower DDIL's stage error is."""
-    shift = defaultdict(list)
-    for row in table_of("shift.csv"):
-        if row["run"].startswith("g-"):
-            shift[row["run"]].append((float(row["disagreement, visited"]), float(row["disagreement, forward"])))
-    points = defaultdict(list)
-    for run, values in shift.items():
-        name = run[2:].rsplit("-", 1)[0]
-        key, _, steps = name.rpartition("-") if name.rpartition("-")[2].isdigit() else (name, "", "")
-        setting = RUNS[key]
-        steps = int(steps or {"s84": 4, "s168": 8, "s42": 2, "long": 4}[key])
-        visited, forward = ((sum(v[i] ** 2 for v in values)) ** 0.5 for i in (0, 1))
-        points[setting, steps].append(visited / forward - 1)
-    figure, axis = plt.subplots(figsize=(7.5, 4.2))
-    colours = {setting: f"C{i}" for i, setting in enumerate(dict.fromkeys(s for s, _ in points))}
-    print("\n| setting | steps | shift of PD's student | DDIL's stage error to PD's |\n|---|---|---|---|")
-    for (setting, steps), excess in points.items():
-        gain = [-g for g in change(rows, setting, steps, "stage_error")]
-        if gain:
-            print(f"| {setting} | {steps} | {shown(excess, percent=True)} | {shown([-g for g in gain], percent=True)} |")
-            error = stdev(gain) / len(gain) ** 0.5 if len(gain) > 1 else 0
-            axis.errorbar(100 * mean(excess), 100 * mean(gain), 100 * error, fmt="o", color=colours[setting])
-            axis.annotate(f"{steps}", (100 * mean(excess), 100 * mean(gain)), textcoords="offset points", xytext=(5, 4))
-    for setting, colour in colours.items():
-        axis.plot([], [], "o", color=colour, label=setting)
-    axis.axhline(0, color="grey", linewidth=0.8)
-    axis.axvline(0, color="grey", linewidth=0.8)
-    axis.set(xlabel="shift: plain PD's disagreement with its teacher, visited over forward-diffused, %",
-             ylabel="gain: DDIL's lower stage error, %", title="each point a stage; its label, the student's steps")  # fmt: skip
-    axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(HERE / "gain.png", dpi=110)
-
-
 if __name__ == "__main__":
     headline(table_of("pd.csv"))
     ablations(table_of("pd.csv"))
-    gain_against_shift(table_of("pd.csv"))
