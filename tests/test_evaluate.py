@@ -673,7 +673,7 @@ def test_labels_are_the_paper_s_and_tell_arms_apart(script, flags, label):
 def test_settings_come_from_the_run(tmp_path, pd_run, teacher_folder):
     of = lambda *argv: evaluate.candidate_of(evaluate.parse_args([*map(str, argv)]), 0)
     run = of(pd_run)
-    assert (run.steps, run.guidance_scale, run.model) == (2, 4.0, str(pd_run / "pipeline"))
+    assert (run.steps, run.guidance_scale, run.model) == (2, 8.0, str(pd_run / "pipeline"))
     assert of(pd_run / "stages" / "4").steps == 4
     assert of(f"a=b={pd_run}").label == "a=b"
     assert of(pd_run, "--steps", 1, "--guidance_scale", 2).steps == 1
