@@ -1432,7 +1432,7 @@ def save_pipeline(folder: Path, pipe, unet, scheduler, card: str = "") -> None:
     def write(folder: Path) -> None:
         student.save_pretrained(folder)
         if card:
-            (folder / "README.md").write_text(card)
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
     replace_folder(Path(folder), write)
 
@@ -1440,10 +1440,11 @@ def save_pipeline(folder: Path, pipe, unet, scheduler, card: str = "") -> None:
 def model_card(args, script: str, steps: int, w: str, measured: dict) -> str:
     """README.md of a saved pipeline: what it is, how to sample it, whose licence it has, and the settings that made it."""
     own = Path(args.teacher) / "README.md"
-    licence = re.findall(r"^license: *(\S+)", own.read_text() if own.is_file() else "", re.MULTILINE)[:1]
-    head = [f"license: {name}" for name in licence] + [f"base_model: {args.teacher}"] * (
-        not Path(args.teacher).exists()
-    )
+    text = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""
+    licence = re.findall(r"^license: *(\S+)", text, re.MULTILINE)[:1]
+    head = [f"license: {name}" for name in licence]
+    if not Path(args.teacher).exists():
+        head.append(f"base_model: {args.teacher}")  # its name on the hub
     head += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags: [ddil, distillation, few-step]"]
     head = "\n".join(head)
     settings = {name: v for name, v in sorted(vars(args).items()) if name not in ACTIONS and v is not None}
@@ -1621,7 +1622,6 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.trained, self.kept = args, Path(args.output_dir), {}, {}
-        self.measured = {}  # of the student at hand, for its model card
         self.accelerator = start_accelerator(log_with=args.report_to, project_dir=args.output_dir)
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.n_ranks = self.accelerator.num_processes
@@ -1774,10 +1774,10 @@ class Run:
 
         return noted
 
-    def save_student(self, folder: Path, unet, scheduler, steps: int, w: str) -> None:
-        """A pipeline of stock diffusers that samples in so many steps at guidance scale w (a number, or "LO to HI")."""
-        card = model_card(self.args, self.script, steps, w, self.measured)
-        save_pipeline(folder, self.pipe, unet, scheduler, card)
+    def save_student(self, folder: Path, unet, scheduler, steps: int, w: str, measured: dict | None = None) -> None:
+        """A pipeline of stock diffusers that samples in so many steps at guidance scale w (a number, or "LO to HI"), and
+        its model card, with what was measured of it."""
+        save_pipeline(folder, self.pipe, unet, scheduler, model_card(self.args, self.script, steps, w, measured or {}))
 
     def whole_network(self, trained: Trained):
         """The UNet without its engine, to be saved; where it is sharded, a copy that is whole on the first rank."""

@@ -235,10 +235,10 @@ def plan_phases(args, prediction_type: str, has_w: bool) -> list[Phase]:
     return phases
 
 
-def save(run: Run, unet, steps: int, out: Path) -> None:
+def save(run: Run, unet, steps: int, out: Path, errors: dict | None = None) -> None:
     """A stage, which stock diffusers samples by DDIM."""
     scheduler, w = dpm_solver(run.pipe, "v_prediction", order=1), "{} to {}".format(*run.args.guidance_range)
-    run.save_student(out, unet, scheduler, steps, w)
+    run.save_student(out, unet, scheduler, steps, w, errors)
 
 
 class Evaluation:
@@ -290,7 +290,7 @@ class Evaluation:
             run.accelerator.wait_for_everyone()
         return load_file(self.file)[name].to(run.device)
 
-    def report(self, student: Model, teacher: Model, steps: int) -> None:
+    def report(self, student: Model, teacher: Model, steps: int) -> dict[str, str]:
         """RMS distances in latent space from the same noise, prompt and w, as a row of metrics.csv and a line: to the end
         points of stages/gc at teacher_steps (also of itself, undistilled), and to those of this stage's own teacher; of
         either as it teaches."""
@@ -301,11 +301,11 @@ class Evaluation:
             "paired_error_undistilled": distance(self.reference(str(steps)), goal),
             "stage_error": distance(ends, self.end_points(teacher, 2 * steps, self.run.support)),
         }
-        self.run.measured = errors
         labels = {"phase": str(steps), "total_updates": self.run.progress["total"]}
         self.run.metrics.flush(self.run.accelerator, **labels, **errors)
         line = "{} steps: paired trajectory error {paired_error}, undistilled {paired_error_undistilled}, "
         self.run.print((line + "to its own teacher {stage_error}").format(steps, **errors))
+        return errors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -435,10 +435,10 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
                 run.backward(losses, t, source)
             run.step(student, GRAD_CLIP)  # Alg. 3 line 11
             run.labels = {"phase": phase.name, "part": part + 1, "buffer_size": len(dagger)}
-    evaluation.report(rolling, guided, steps)
+    errors = evaluation.report(rolling, guided, steps)
     final = run.whole_network(student)
     dagger.clear()  # its grid and models change with the stage [D16]
-    run.finish(lambda: save(run, final, steps, out))  # Alg. 3 line 12: the next teacher
+    run.finish(lambda: save(run, final, steps, out, errors))  # Alg. 3 line 12: the next teacher
 
 
 def main(argv=None) -> None:

@@ -121,7 +121,7 @@ def save_teacher(folder: Path, xl: bool = False, prediction_type: str = "epsilon
         parts |= {"unet": tiny_unet(**unet_config), "safety_checker": None, "feature_extractor": None}
         pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.save_pretrained(folder)
-    (folder / "README.md").write_text("---\nlicense: openrail\n---\n")
+    (folder / "README.md").write_bytes("---\nlicense: openrail\n---\ndéjà vu\n".encode("latin-1"))
     return folder
 
 
