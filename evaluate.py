@@ -1131,54 +1131,65 @@ def shift_tables(ev: Evaluation, rows: list[dict], gaps: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -> None:
-    """A row of panels for each metric of the arms (at most two), one for the shift itself; a colour for each student."""
+@contextmanager
+def saved_figure(file: Path, height: int, width: int):
+    """The axes [height, width] of a figure that is then saved, with a legend wherever something was drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    best = [m for m in ("fid", "fd", "alignment", "clip", "hps", "coverage") if m in ev.image_metrics]
-    metrics = best[:2] if rows else []
-    height = len(metrics) + bool(gaps)
-    figure, axes = plt.subplots(height, 3, figsize=(14, 3.8 * height), squeeze=False)
-
-    def draw(axis, means: dict[str, float], line: str, colour: str, legend: str) -> None:
-        if means:
-            ticks = [name.rpartition(" ")[2] for name in means]
-            axis.plot(ticks, list(means.values()), line, color=colour, label=legend)
-
-    for i, (label,) in enumerate(grouped([*rows, *gaps], "label")):
-        for panels, metric in zip(axes, metrics):
-            mix, switch, interval = (arm_means(rows, label, kind, metric) for kind in ("mix", "switch", "interval"))
-            draw(panels[0], mix, "o-", f"C{i}", label)
-            for own, line in ("student", "o--"), ("teacher", "o-"):
-                alone = interval.pop(f"{own} alone", None)
-                of_own = [{arm: v for arm, v in means.items() if arm.startswith(own)} for means in (switch, interval)]
-                draw(panels[1], of_own[0], line, f"C{i}", f"{label}: {own} first")
-                draw(panels[2], of_own[1], line, f"C{i}", f"{label}: {own}, but the other there")
-                if alone is not None:
-                    panels[2].axhline(alone, linestyle=line[1:], linewidth=0.8, color=f"C{i}", alpha=0.6)
-            panels[0].set(title="mixed (Table 5)", xlabel="probability of the teacher", ylabel=ev.title(metric))
-            panels[1].set(title="switched (Tables 6, 7)", xlabel="second model moves from t", ylabel=ev.title(metric))
-            panels[2].set(title="one interval handed over (Fig. 4; thin: none)", xlabel="interval that starts at t")
-        sources = ("student", "teacher", "other images")
-        panels = [
-            ("FD", sources, "visited and forward-diffused latents", "Frechet distance"),
-            ("disagreement", ("visited / forward",), "disagreement about x", "on visited / on forward-diffused"),
-            ("std", sources, "spread of visited latents", "std / std of forward-diffused"),
-        ]
-        for axis, (what, names, title, y) in zip(axes[-1], panels if gaps else ()):
-            for name, line in zip(names, ("o-", "o--", "o:")):
-                means = {f"{row['t']:.0f}": row[f"{what}, {name}"] for row in gap_means(gaps, label)}
-                draw(axis, means, line, f"C{i}", f"{label}: {name}")
-            axis.set(title=title, xlabel="t", ylabel=y)
+    figure, axes = plt.subplots(height, width, figsize=(14 / 3 * width, 3.8 * height), squeeze=False)
+    yield axes
     for axis in axes.flat:
         if axis.lines:
             axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -> None:
+    """A row of panels for each metric of the arms (at most two), one for the shift itself; a colour for each student."""
+    best = [m for m in ("fid", "fd", "alignment", "clip", "hps", "coverage") if m in ev.image_metrics]
+    metrics = best[:2] if rows else []
+    height = len(metrics) + bool(gaps)
+
+    def draw(axis, means: dict[str, float], line: str, colour: str, legend: str) -> None:
+        if means:
+            ticks = [name.rpartition(" ")[2] for name in means]
+            axis.plot(ticks, list(means.values()), line, color=colour, label=legend)
+
+    with saved_figure(file, height, 3) as axes:
+        for i, (label,) in enumerate(grouped([*rows, *gaps], "label")):
+            for panels, metric in zip(axes, metrics):
+                mix, switch, interval = (arm_means(rows, label, kind, metric) for kind in ("mix", "switch", "interval"))
+                draw(panels[0], mix, "o-", f"C{i}", label)
+                for own, line in ("student", "o--"), ("teacher", "o-"):
+                    alone = interval.pop(f"{own} alone", None)
+                    of_own = [
+                        {arm: v for arm, v in means.items() if arm.startswith(own)} for means in (switch, interval)
+                    ]
+                    draw(panels[1], of_own[0], line, f"C{i}", f"{label}: {own} first")
+                    draw(panels[2], of_own[1], line, f"C{i}", f"{label}: {own}, but the other there")
+                    if alone is not None:
+                        panels[2].axhline(alone, linestyle=line[1:], linewidth=0.8, color=f"C{i}", alpha=0.6)
+                panels[0].set(title="mixed (Table 5)", xlabel="probability of the teacher", ylabel=ev.title(metric))
+                panels[1].set(
+                    title="switched (Tables 6, 7)", xlabel="second model moves from t", ylabel=ev.title(metric)
+                )
+                panels[2].set(title="one interval handed over (Fig. 4; thin: none)", xlabel="interval that starts at t")
+            sources = ("student", "teacher", "other images")
+            panels = [
+                ("FD", sources, "visited and forward-diffused latents", "Frechet distance"),
+                ("disagreement", ("visited / forward",), "disagreement about x", "on visited / on forward-diffused"),
+                ("std", sources, "spread of visited latents", "std / std of forward-diffused"),
+            ]
+            for axis, (what, names, title, y) in zip(axes[-1], panels if gaps else ()):
+                for name, line in zip(names, ("o-", "o--", "o:")):
+                    means = {f"{row['t']:.0f}": row[f"{what}, {name}"] for row in gap_means(gaps, label)}
+                    draw(axis, means, line, f"C{i}", f"{label}: {name}")
+                axis.set(title=title, xlabel="t", ylabel=y)
 
 
 # Panels of --curves: title, and the columns of metrics.csv that it shows
@@ -1196,31 +1207,19 @@ OWN_CURVE = {
 
 def plot_curves(candidates: Sequence[Candidate], file: Path) -> None:
     """A row of panels for each run: its metrics.csv, and dashed that of the embedded default (assets/results/curves)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(candidates), 4, figsize=(20, 4.2 * len(candidates)), squeeze=False)
-    for candidate, row in zip(candidates, axes):
-        usual = TINY.parent / "results" / "curves" / f"{candidate.script}.csv"
-        title, own = OWN_CURVE[candidate.script]
-        for axis, (what, columns) in zip(row, (CURVES | {title: own}).items()):
-            for source, line in (candidate.run / "metrics.csv", "-"), (usual, "--"):
-                with source.open(newline="") as csv_file:
-                    found = [*csv.DictReader(csv_file)]
-                for i, name in enumerate(name for name in found[0] if re.fullmatch(columns, name)):
-                    points = [(int(r["total_updates"]), float(r[name])) for r in found if r[name]]
-                    style = {"color": f"C{i % 10}", "linestyle": line, "marker": "o" if len(points) < 12 else None}
-                    axis.plot(
-                        *zip(*points), **style, alpha=1 if line == "-" else 0.4, label=name if line == "-" else None
-                    )
-            axis.set(title=what, xlabel="update", yscale="log" if "norm" in what else "linear")
-            axis.legend(fontsize=7)
-        row[0].set_ylabel(candidate.label)
-    figure.tight_layout()
-    figure.savefig(file, dpi=80)
-    plt.close(figure)
+    with saved_figure(file, len(candidates), 4) as axes:
+        for candidate, row in zip(candidates, axes):
+            title, own = OWN_CURVE[candidate.script]
+            sources = candidate.run / "metrics.csv", TINY.parent / "results" / "curves" / f"{candidate.script}.csv"
+            for source, style in zip(sources, ({}, {"linestyle": "--", "alpha": 0.4})):
+                found = [*csv.DictReader(source.read_text().splitlines())]
+                for axis, (what, columns) in zip(row, (CURVES | {title: own}).items()):
+                    for i, name in enumerate(name for name in found[0] if re.fullmatch(columns, name)):
+                        points = [(int(r["total_updates"]), float(r[name])) for r in found if r[name]]
+                        more = {"label": None if style else name, "marker": "o" if len(points) < 12 else None}
+                        axis.plot(*zip(*points), color=f"C{i % 10}", **style, **more)
+                    axis.set(title=what, xlabel="update", yscale="log" if "norm" in what else "linear")
+            row[0].set_ylabel(candidate.label)
 
 
 def report(ev: Evaluation, results: list[dict], rows: list[dict], gaps: list[dict]) -> str:
