@@ -1258,7 +1258,7 @@ def resolve(args, recipes: dict):
         folder = args.output_dir or defaults["output_dir"]
         if not (Path(folder) / "config.json").is_file():
             raise SystemExit(f"--resume: {folder} holds no run (no config.json); name it by --output_dir")
-        defaults = json.loads((Path(folder) / "config.json").read_text()) | {"output_dir": folder}
+        defaults = config_of(Path(folder)) | {"output_dir": folder}
         refuse_changes({name: value for name, value in given.items() if name not in FREE}, defaults)
     for name in set(vars(args)) - set(given) - set(ACTIONS):
         setattr(args, name, defaults.get(name))
@@ -1270,6 +1270,14 @@ def resolve(args, recipes: dict):
     if "guidance_range" in args and args.guidance_range[0] > args.guidance_range[1]:
         raise SystemExit(f"--guidance_range {args.guidance_range}: must be LO HI with LO <= HI")
     return args
+
+
+def config_of(run: Path) -> dict:
+    """What a run was started with. SystemExit if that is damaged."""
+    try:
+        return json.loads((run / "config.json").read_text())
+    except ValueError as error:
+        raise SystemExit(f"{run / 'config.json'}: is damaged ({error}); --overwrite starts anew")
 
 
 def refuse_changes(now: dict, saved: dict) -> None:
@@ -1644,7 +1652,7 @@ class Run:
     def refuse_changes(self) -> None:
         """SystemExit if a resumed run was launched otherwise, or has other networks."""
         if self.args.resume:
-            refuse_changes(self.facts, json.loads((self.out / "config.json").read_text()))
+            refuse_changes(self.facts, config_of(self.out))
 
     def open(self, script: str, labels, columns, plan: dict, networks=None, need_images=True) -> None:
         """Data, support [D15], random streams, metrics and folder. Ends here for --dry_run, which also prints `plan`, and
@@ -1686,11 +1694,13 @@ class Run:
         prints = {id(network): fingerprint(network) for network in networks.values()}
         self.facts |= {f"{name}_weights": prints[id(network)] for name, network in networks.items()}
         self.refuse_changes()
+        if self.accelerator.is_main_process:
+            if not args.resume:
+                self.create_folder(script)
+            self.lock()
         # where a resumed run is until its loop is reached
         self.checkpoint = self.checkpoint_to_resume() if args.resume else None
-        if self.accelerator.is_main_process and not args.resume:
-            self.create_folder(script)
-        elif self.accelerator.is_main_process and not self.checkpoint:
+        if self.accelerator.is_main_process and args.resume and not self.checkpoint:
             self.metrics.go_back(0)
         self.accelerator.wait_for_everyone()
         if not self.out.exists():
@@ -1715,12 +1725,31 @@ class Run:
 
     def create_folder(self, script: str) -> None:
         """The run folder, with config.json and a copy of the code that made it."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        (self.out / "samples").mkdir(parents=True)
+        if self.args.overwrite and (self.out / "config.json").is_file():
+            self.lock()
+            shutil.rmtree(self.out, ignore_errors=True)
+        try:
+            (self.out / "samples").mkdir(parents=True)
+        except FileExistsError:
+            raise SystemExit(f"--output_dir {self.out}: another run was just started there; choose another folder")
         for file in (script, __file__):
             shutil.copy(file, self.out)
         settings = {name: value for name, value in vars(self.args).items() if name not in ACTIONS}
         (self.out / "config.json").write_text(json.dumps(settings | self.facts, indent=1))
+
+    def lock(self) -> None:
+        """The folder is this run's until its process ends, however that is; SystemExit where it is another's."""
+        import fcntl
+
+        self.locked = (self.out / "config.json").open(
+            "r+"
+        )  # and nothing may open it after this: closing it would unlock
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise SystemExit(f"--output_dir {self.out}: another run is under way there; wait, or choose another folder")
+        except OSError:  # a drive that has no locks
+            pass
 
     # networks
 

@@ -58,7 +58,17 @@ from common import mixed_rollout, student_rollout, teacher_rollout
 from common import PromptEncoder, UNetModel, dpm_solver, find_pipeline, latent_shape, load_pipeline, load_schedule
 from common import open_pipeline, with_guidance
 from common import LatentData, image_shape, open_image, open_rows
-from common import fingerprint, frozen_dtype, in_order, noise_generator, noise_of, number, positive_int, priors_of
+from common import (
+    config_of,
+    fingerprint,
+    frozen_dtype,
+    in_order,
+    noise_generator,
+    noise_of,
+    number,
+    positive_int,
+    priors_of,
+)
 from common import save_sheet, seed_int, seed_of, share, start_accelerator
 # isort: on
 
@@ -264,28 +274,33 @@ def label_of(script: str, config: dict, stage: str) -> str:
     return ", ".join([name, *settings])
 
 
+def named(name: str) -> tuple[str, Path, Path | None, str | None]:
+    """(label or "", model, the run folder that it belongs to, its script) of LABEL=MODEL."""
+    label, _, model = ("", "", name) if Path(name).exists() else name.rpartition("=")
+    path = Path(model)
+    for folder, script in product((path, path.parent, path.parent.parent), PAPER_ARMS):
+        if (folder / f"{script}.py").is_file() and (folder / "config.json").is_file():
+            return label, path, folder, script
+    return label, path, None, None
+
+
 def candidate_of(args, i: int) -> Candidate:
     """The i-th model, with its own run's settings where no flag says otherwise."""
-    name = args.models[i]
-    label, _, model = ("", "", name) if Path(name).exists() else name.rpartition("=")
-    own, path = {}, Path(model)
+    label, path, folder, script = named(args.models[i])
     settings = {n: getattr(args, n)[i % len(getattr(args, n))] for n in ("steps", "guidance_scale", "sampler")}
-    for folder in (path, path.parent, path.parent.parent):
-        scripts = [script for script in PAPER_ARMS if (folder / f"{script}.py").is_file()]
-        if scripts and (folder / "config.json").is_file():
-            break
-    else:
-        return Candidate(label or (path.parent if path.name == "pipeline" else path).name, model, **settings)
+    if not folder:
+        return Candidate(label or (path.parent if path.name == "pipeline" else path).name, str(path), **settings)
     if path == folder:
         path = folder / "pipeline"
         if not path.is_dir():
-            raise SystemExit(f"{name}: the run is not finished (no pipeline/); name one of its stages/, or --resume it")
-    script, config, stage = scripts[0], json.loads((folder / "config.json").read_text()), path.name
+            raise SystemExit(
+                f"{folder}: the run is not finished (no pipeline/); name one of its stages/, or --resume it"
+            )
+    config, stage, own = config_of(folder), path.name, {}
     whose = "teacher_steps" if stage in ("v", "gc") else "student_steps"
     own["steps"] = int(stage) if stage.isdigit() else config[whose]
-    own["guidance_scale"] = (
-        1.0 if config.get("lora_rank") else config.get("eval_guidance_scale", 1.0)
-    )  # 1: it is inside
+    is_inside = config.get("lora_rank") or "eval_guidance_scale" not in config
+    own["guidance_scale"] = 1.0 if is_inside else config["eval_guidance_scale"]
     takes_w = json.loads((path / "unet" / "config.json").read_text()).get("time_cond_proj_dim")
     if script == "dmd2_ddil" and takes_w:
         own["guidance_scale"] = config["guidance_scale"]  # the only one that it was trained at
@@ -1205,12 +1220,15 @@ OWN_CURVE = {
 }
 
 
-def plot_curves(candidates: Sequence[Candidate], file: Path) -> None:
+def plot_curves(models: Sequence[str], file: Path) -> None:
     """A row of panels for each run: its metrics.csv, and dashed that of the embedded default (assets/results/curves)."""
-    with saved_figure(file, len(candidates), 4) as axes:
-        for candidate, row in zip(candidates, axes):
-            title, own = OWN_CURVE[candidate.script]
-            sources = candidate.run / "metrics.csv", TINY.parent / "results" / "curves" / f"{candidate.script}.csv"
+    with saved_figure(file, len(models), 4) as axes:
+        for model, row in zip(models, axes):
+            label, path, run, script = named(model)
+            if not run or not (run / "metrics.csv").is_file() or not (run / "metrics.csv").stat().st_size:
+                raise SystemExit(f"--curves: {path} belongs to no run whose metrics.csv has a row yet")
+            title, own = OWN_CURVE[script]
+            sources = run / "metrics.csv", TINY.parent / "results" / "curves" / f"{script}.csv"
             for source, style in zip(sources, ({}, {"linestyle": "--", "alpha": 0.4})):
                 found = [*csv.DictReader(source.read_text().splitlines())]
                 for axis, (what, columns) in zip(row, (CURVES | {title: own}).items()):
@@ -1219,7 +1237,7 @@ def plot_curves(candidates: Sequence[Candidate], file: Path) -> None:
                         more = {"label": None if style else name, "marker": "o" if len(points) < 12 else None}
                         axis.plot(*zip(*points), color=f"C{i % 10}", **style, **more)
                     axis.set(title=what, xlabel="update", yscale="log" if "norm" in what else "linear")
-            row[0].set_ylabel(candidate.label)
+            row[0].set_ylabel(label or run.name)
 
 
 def report(ev: Evaluation, results: list[dict], rows: list[dict], gaps: list[dict]) -> str:
@@ -1249,22 +1267,16 @@ def report(ev: Evaluation, results: list[dict], rows: list[dict], gaps: list[dic
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    candidates = [candidate_of(args, i) for i in range(len(args.models))]
     folder = Path(args.output_dir)
-    if (
-        folder.is_file()
-        or folder.is_dir()
-        and any(folder.iterdir())
-        and not {"images", "curves.png"} & {f.name for f in folder.iterdir()}
-    ):
+    there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or there and not there & {"images", "curves.png"}:
         raise SystemExit(f"--output_dir {folder}: holds something else than an evaluation; choose another folder")
     if args.curves:
-        if alone := [candidate.model for candidate in candidates if not candidate.run]:
-            raise SystemExit(f"--curves: {alone[0]} belongs to no run, whose metrics.csv could be drawn")
         folder.mkdir(parents=True, exist_ok=True)
-        plot_curves(candidates, folder / "curves.png")
+        plot_curves(args.models, folder / "curves.png")
         print(f"{folder / 'curves.png'}: dashed, the embedded default")
         return
+    candidates = [candidate_of(args, i) for i in range(len(args.models))]
     for candidate in candidates:  # what cannot work is refused now, not after hours
         find_pipeline(candidate.model, "MODEL")
     accelerator = start_accelerator()

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from itertools import pairwise, product
 from pathlib import Path
@@ -274,10 +275,14 @@ def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, d
 
 @each_script
 def test_curves(script, finished, tmp_path):
-    """Of a run beside the reference; and of the stages that are finished."""
-    run_here(finished(script), "--curves", "--output_dir", tmp_path, script="evaluate.py")
-    assert Image.open(tmp_path / "curves.png").convert("L").getextrema() == (0, 255)
-    assert "belongs to no run" in refusal("assets/tiny/pipeline", "--curves", script="evaluate.py")
+    """Beside the reference; also of a run that is under way, once it has a row."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(finished(script), run, ignore=shutil.ignore_patterns("pipeline", "stages", "checkpoints"))
+    run_here(run, "--curves", "--output_dir", out, script="evaluate.py")
+    assert Image.open(out / "curves.png").convert("L").getextrema() == (0, 255)
+    (run / "metrics.csv").write_text("")
+    for model in run, "assets/tiny/pipeline":
+        assert "no run whose metrics.csv has a row" in refusal(model, "--curves", script="evaluate.py")
 
 
 DAMAGES = {
@@ -308,6 +313,8 @@ def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, teacher_folder, d
     for checkpoint in filter(common.is_whole, (tmp_path / "run" / "checkpoints").iterdir()):
         DAMAGES[damage](checkpoint)
     assert "those before it are damaged" in refusal("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
+    (tmp_path / "run" / "config.json").write_text("")
+    assert "config.json: is damaged" in refusal("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
 
 
 def test_a_full_disk_loses_nothing(tmp_path, teacher_folder, data, finished, monkeypatch):
@@ -528,6 +535,20 @@ def test_another_run_leaves_the_folder_alone(flags, line, finished, tmp_path, te
     if "--resume" in flags:
         launch(tmp_path / "log", "pd_ddil.py", "--resume", "--output_dir", folder, ranks=2)
         assert "world_size: saved 1, now 2" in (tmp_path / "log").read_text() and contents(folder) == before
+
+
+def test_two_runs_in_one_folder(finished, tmp_path, teacher_folder, data):
+    """The second one is refused for as long as the first one's process lives."""
+    folder = finished("lcm_ddil")
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    before, flags = contents(folder), arguments("lcm_ddil", teacher_folder, data, folder)
+    with subprocess.Popen([sys.executable, "-c", hold, folder / "config.json"], **pipes) as first:
+        first.stdout.readline()
+        for more in (["--overwrite"], ["--resume"]):
+            assert "another run is under way" in refusal(*flags, *more, script="lcm_ddil.py")
+        assert contents(folder) == before
+        first.kill()
 
 
 def test_folder_that_is_no_run_is_never_deleted(tmp_path, teacher_folder, data):
