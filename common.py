@@ -373,9 +373,8 @@ W_EMBEDDING_DIM = 256  # what diffusers' pipelines expect
 
 def with_w_embedding(unet):
     """A copy with the guidance embedding; its projection starts at zero, so the output is the same at first [D11]."""
-    config = {
-        name: value for name, value in unet.config.items() if name != "_use_default_values"
-    }  # it would undo the change
+    config = dict(unet.config)
+    config.pop("_use_default_values", None)  # it would undo the change
     student = type(unet).from_config(config | {"time_cond_proj_dim": W_EMBEDDING_DIM})
     missing, unexpected = student.load_state_dict(unet.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
@@ -495,9 +494,7 @@ def load_pipeline(name: str, flag: str = "--teacher", resolution: Sequence[int] 
             raise SystemExit(f"{flag} {name}: lacks its {part}; {kind} needs one")
     for setting in ("latents_mean", "shift_factor"):
         if pipe.vae.config.get(setting):
-            raise SystemExit(
-                f"{flag} {name}: its VAE has a {setting}: latents that are not scaled alone: not supported"
-            )
+            raise SystemExit(f"{flag} {name}: its VAE has a {setting}, not a scaling factor alone: not supported")
     if resolution:
         height, width = (n // pipe.vae_scale_factor for n in (resolution[0], resolution[-1]))
         pipe.unet.register_to_config(sample_size=height if height == width else [height, width])
@@ -512,15 +509,8 @@ def refuse_zero_snr(pipe, flag: str, name: str) -> None:
 
 def betas_of(pipe) -> dict:
     """The part of a scheduler's config that says what the noise is, and nothing of how it samples."""
-    names = [
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    ]
-    return {name: value for name, value in pipe.scheduler.config.items() if name in names}
+    names = "num_train_timesteps", "beta_", "trained_betas", "rescale_betas"
+    return {name: value for name, value in pipe.scheduler.config.items() if name.startswith(names)}
 
 
 def load_schedule(pipe) -> NoiseSchedule:
@@ -613,9 +603,8 @@ class PromptEncoder:
 
     def null(self) -> dict[str, Tensor]:
         """cond of the empty prompt, one row: the unconditional branch of guidance, as the pipeline makes it."""
-        null = {
-            name: value for name, value in self.encode(self.tokenize([""])).items() if name != "time_ids"
-        }  # those of the prompt stay
+        null = self.encode(self.tokenize([""]))
+        null.pop("time_ids", None)  # those of the prompt stay
         if self.zero_null:  # SDXL
             null |= {name: torch.zeros_like(null[name]) for name in ("prompt", "text_embeds")}
         return null
@@ -986,9 +975,8 @@ class StreamedRows:
 
     @staticmethod
     def shuffle(block: dict, indices: list[int], seed: int) -> dict:
-        order = torch.randperm(
-            len(indices), generator=torch.Generator().manual_seed(seed_of(seed, indices[0]))
-        ).tolist()
+        generator = torch.Generator().manual_seed(seed_of(seed, indices[0]))
+        order = torch.randperm(len(indices), generator=generator).tolist()
         return {name: [values[i] for i in order] for name, values in block.items()}
 
     def read(self) -> tuple[dict, int]:
@@ -1074,9 +1062,8 @@ class LatentData:
         import numpy as np
 
         if "moments" in samples[0]:
-            moments, ids = (
-                torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in ("moments", "ids")
-            )
+            columns = (np.stack([sample[name] for sample in samples]) for name in ("moments", "ids"))
+            moments, ids = map(torch.from_numpy, columns)
             ids = ids.unflatten(1, (len(self.prompts.tokenizers) + self.prompts.xl, -1))
             return moments.unflatten(1, (2, *self.latents)).to(self.prompts.device), ids
         original, target = torch.tensor([sample["height_width"] for sample in samples]), torch.tensor(self.shape)
@@ -1191,7 +1178,7 @@ positive = number(float, "> 0 and finite", lambda x: 0 < x < math.inf)
 non_negative = number(float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
 share = number(float, "in [0, 1]", lambda x: 0 <= x <= 1)
 threshold = number(
-    str, "measured, none or a positive radius", lambda x: x in ("measured", "none") or 0 < float(x) < math.inf
+    str, "measured, none or a radius > 0", lambda x: x in ("measured", "none") or 0 < float(x) < math.inf
 )
 
 
@@ -1218,11 +1205,7 @@ def flag_parser(doc: str, recipes: dict):
     add("--max_updates", type=positive_int, help="end each part of a phase after so many updates (for tests)")
     add("--gradient_checkpointing", action=choice, help="trade time for memory")
     add("--compile", action=choice, help="torch.compile for the UNets' blocks: slower start, faster updates")
-    add(
-        "--cache_latents",
-        action=choice,
-        help="encode all images once and keep their latents on disk, for later runs too",
-    )
+    add("--cache_latents", action=choice, help="encode images once and keep latents on disk, for later runs too")
     add("--streaming", action=choice, help="read the data in order while training; nothing is copied or cached")
     add("--resolution", type=multiple_of_8, nargs="+", help="pixels, or height and width (default: the UNet's own)")
     add("--image_column", help="of the data (default: its first column of images)")
@@ -1251,9 +1234,7 @@ def resolve(args, recipes: dict):
     given = {name: value for name, value in vars(args).items() if value is not None and name not in ACTIONS}
     defaults = recipes[args.recipe or "tiny"] | {"recipe": args.recipe or "tiny"}
     if args.resume and args.overwrite:
-        raise SystemExit(
-            "--resume and --overwrite exclude each other: the one goes on with a run, the other deletes it"
-        )
+        raise SystemExit("--resume and --overwrite exclude each other: one goes on with a run, the other deletes it")
     if args.resume:
         folder = args.output_dir or defaults["output_dir"]
         if not (Path(folder) / "config.json").is_file():
@@ -1367,9 +1348,8 @@ def start_accelerator(**settings):
     except ValueError as error:  # a precision that the device has not, an unknown tracker
         raise SystemExit(f"accelerate launch --mixed_precision, or --report_to: {error}")
     if accelerator.num_processes != launched:
-        raise SystemExit(
-            f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: check its config"
-        )
+        run = f"accelerate runs {accelerator.num_processes}: check its config"
+        raise SystemExit(f"{launched} processes were launched, but {run}")
     engine = accelerator.distributed_type
     if engine not in ("NO", "MULTI_CPU", "MULTI_GPU") and not accelerator.is_fsdp2:
         raise SystemExit(f"{engine.value}: is not supported; launch with --multi_gpu, or --use_fsdp --fsdp_version 2")
@@ -1741,9 +1721,8 @@ class Run:
         """The folder is this run's until its process ends, however that is; SystemExit where it is another's."""
         import fcntl
 
-        self.locked = (self.out / "config.json").open(
-            "r+"
-        )  # and nothing may open it after this: closing it would unlock
+        # nothing of this process may open the file again: closing it would unlock
+        self.locked = (self.out / "config.json").open("r+")
         try:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -1944,9 +1923,8 @@ class Run:
         if source:
             losses = losses.detach()
             self.note({"loss": losses, f"loss_{source}": losses, "t_mean": t})
-            self.metrics.add_by(
-                self.t_columns, torch.bucketize(t, self.t_bins), losses
-            )  # loss of t in (bin before, bin]
+            bins = torch.bucketize(t, self.t_bins)  # of t in (the bin before, bin]
+            self.metrics.add_by(self.t_columns, bins, losses)
 
     def watch(self, name: str, value: Tensor) -> None:
         """A value of this update that must be finite; it stays on the device until it is judged."""

@@ -283,9 +283,8 @@ def check_sampler(pipe, timesteps: list[int]) -> None:
     sampler = lcm_scheduler(pipe, len(timesteps))
     sampler.set_timesteps(len(timesteps))
     if sampler.timesteps.tolist() != timesteps:
-        raise SystemExit(
-            f"--student_steps {len(timesteps)}: LCMScheduler takes {sampler.timesteps.tolist()} instead of {timesteps}"
-        )
+        taken = sampler.timesteps.tolist()
+        raise SystemExit(f"--student_steps {len(timesteps)}: LCMScheduler takes {taken} instead of {timesteps}")
 
 
 def check_fit(teacher, pipe, flag: str, name: str) -> None:
@@ -349,18 +348,15 @@ def check_args(args) -> None:
     """What concerns several flags."""
     n, m = args.teacher_steps, args.student_steps
     if 1000 % m or m > 500 or n > 999:
-        raise SystemExit(
-            f"--student_steps {m}, --teacher_steps {n}: the first must divide 1000, both be below it, e.g. 4 and 20"
-        )
+        why = "the first must divide 1000, both be below it, e.g. 4 and 20"
+        raise SystemExit(f"--student_steps {m}, --teacher_steps {n}: {why}")
     if off := sorted(set(timestep_grid(m, "trailing")) - set(timestep_grid(n, "trailing")), reverse=True):
         raise SystemExit(f"--teacher_steps {n}: its grid lacks the student's timesteps {off}; take a multiple of {m}")
     priors_of(args)
     if args.gan_weight and not args.critic_gan_weight:
         raise SystemExit("--critic_gan_weight 0: nothing would train the GAN's head; --gan_weight must be 0 too")
     if args.recipe == "ssd1b_oracle" and not args.student_init:
-        raise SystemExit(
-            "--student_init: the recipe ssd1b_oracle distils SDXL into a smaller UNet; give that of SSD-1B"
-        )
+        raise SystemExit("--student_init: ssd1b_oracle distils SDXL into a smaller UNet; give that of SSD-1B")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

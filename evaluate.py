@@ -293,9 +293,7 @@ def candidate_of(args, i: int) -> Candidate:
     if path == folder:
         path = folder / "pipeline"
         if not path.is_dir():
-            raise SystemExit(
-                f"{folder}: the run is not finished (no pipeline/); name one of its stages/, or --resume it"
-            )
+            raise SystemExit(f"{folder}: the run is not finished (no pipeline/); name a stage of it, or --resume it")
     config, stage, own = config_of(folder), path.name, {}
     whose = "teacher_steps" if stage in ("v", "gc") else "student_steps"
     own["steps"] = int(stage) if stage.isdigit() else config[whose]
@@ -965,9 +963,8 @@ class Pair:
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1]."""
         latents = (z / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
-        parts = latents.split(
-            max(1, 2**20 // math.prod(image_shape(self.pipe)))
-        )  # a batch of large decodes does not fit
+        # a batch of large decodes does not fit
+        parts = latents.split(max(1, 2**20 // math.prod(image_shape(self.pipe))))
         return (torch.cat([self.pipe.vae.decode(part, return_dict=False)[0] for part in parts]) / 2 + 0.5).clamp(0, 1)
 
     def disagreement(self, z_t: Tensor, j: int, cond: dict) -> Tensor:
@@ -1182,17 +1179,13 @@ def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -
                 draw(panels[0], mix, "o-", f"C{i}", label)
                 for own, line in ("student", "o--"), ("teacher", "o-"):
                     alone = interval.pop(f"{own} alone", None)
-                    of_own = [
-                        {arm: v for arm, v in means.items() if arm.startswith(own)} for means in (switch, interval)
-                    ]
-                    draw(panels[1], of_own[0], line, f"C{i}", f"{label}: {own} first")
-                    draw(panels[2], of_own[1], line, f"C{i}", f"{label}: {own}, but the other there")
+                    of_own = lambda means, own=own: {arm: v for arm, v in means.items() if arm.startswith(own)}
+                    draw(panels[1], of_own(switch), line, f"C{i}", f"{label}: {own} first")
+                    draw(panels[2], of_own(interval), line, f"C{i}", f"{label}: {own}, but the other there")
                     if alone is not None:
                         panels[2].axhline(alone, linestyle=line[1:], linewidth=0.8, color=f"C{i}", alpha=0.6)
                 panels[0].set(title="mixed (Table 5)", xlabel="probability of the teacher", ylabel=ev.title(metric))
-                panels[1].set(
-                    title="switched (Tables 6, 7)", xlabel="second model moves from t", ylabel=ev.title(metric)
-                )
+                panels[1].set(title="switched (Tables 6, 7)", xlabel="second moves from t", ylabel=ev.title(metric))
                 panels[2].set(title="one interval handed over (Fig. 4; thin: none)", xlabel="interval that starts at t")
             sources = ("student", "teacher", "other images")
             panels = [

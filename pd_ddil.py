@@ -65,6 +65,7 @@ RECIPES = {
     },
 }  # fmt: skip
 GRAD_CLIP, CAPTION_DROPOUT = 1.0, 0.1  # [D18]
+Transitions = tuple[Tensor, Tensor, Tensor, Tensor, dict]  # what is trained on: z_t, z_s, t, s, cond
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The algorithm. z_t [B, C, h, w] fp32, t [B] int64; losses come back per sample, [B]
@@ -121,10 +122,8 @@ def data_batch(run: Run) -> tuple[Tensor, dict]:
     return x, run.prompts.encode(ids) | {"w": run.draw_w(len(x))}
 
 
-def forward_batch(
-    run: Run, teacher: Model, tau: Tensor, intervals: range
-) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-    """(z_t, z_s, t, s, cond) by forward diffusion of data: Alg. 3 lines 5, 7, 8."""
+def forward_batch(run: Run, teacher: Model, tau: Tensor, intervals: range) -> Transitions:
+    """By forward diffusion of data: Alg. 3 lines 5, 7, 8."""
     x, cond = data_batch(run)
     j = torch.randint(intervals.start, intervals.stop, (len(x),), generator=run.noise, device=x.device)
     t, m, s = tau[2 * j], tau[2 * j + 1], tau[2 * j + 2]  # t on the student's grid [D5]; Alg. 3 line 7
@@ -162,8 +161,8 @@ def stored_intervals(args, steps: int) -> range:
 
 def dagger_batch(
     run: Run, dagger: DAgger, teacher: Model, student: Model, tau: Tensor, student_rate: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-    """(z_t, z_s, t, s, cond) from D_DAgger (Alg. 3 line 4), which is refreshed so that a state is used R times."""
+) -> Transitions:
+    """From D_DAgger (Alg. 3 line 4), which is refreshed so that a state is used R times."""
     batch_size, now = run.args.batch_size, run.progress["total"]
     while dagger.credit < batch_size:  # Alg. 3 line 11
         rows = collect(run, teacher, student, [*timestep_grid(len(tau) - 1), CLEAN], student_rate)
@@ -213,11 +212,7 @@ class Phase(NamedTuple):
 
 def halvings(teacher_steps: int, student_steps: int) -> list[str]:
     """Students' steps, e.g. 32, 4 -> ["16", "8", "4"]."""
-    n, names = teacher_steps, []
-    while n > student_steps:
-        n //= 2
-        names.append(str(n))
-    return names
+    return [str(teacher_steps >> i) for i in range(1, (teacher_steps // student_steps).bit_length())]
 
 
 def plan_phases(args, prediction_type: str, has_w: bool) -> list[Phase]:
@@ -269,9 +264,8 @@ class Evaluation:
         return torch.cat([*in_order(run.accelerator, self.n, run.args.batch_size, ends_of)])
 
     def grid_row(self, model: Model, steps: int) -> Tensor:
-        return self.run.grid_row(
-            lambda z, cond, _: self.trajectory_end(model, steps, z, cond), self.run.args.eval_guidance_scale
-        )
+        sample = lambda z, cond, _: self.trajectory_end(model, steps, z, cond)
+        return self.run.grid_row(sample, self.run.args.eval_guidance_scale)
 
     def reference(self, name: str) -> Tensor:
         """Of stages/gc: end points at "32" steps, reflected, and, undistilled, at the students' "16", ...; rows "grid_32",
@@ -450,9 +444,7 @@ def main(argv=None) -> None:
         raise SystemExit(f"--teacher {args.teacher}: predicts {run.predicts} and has {what}; that needs v-prediction")
     phases = plan_phases(args, run.predicts, has_w)
     if blind := [phase.name for phase in phases if max(phase.p_forward) == 0 and not args.store_start]:
-        run.print(
-            f"warning: nothing is trained at 999, where sampling starts, in {', '.join(blind)}: add --store_start"
-        )
+        run.print(f"warning: in {', '.join(blind)} nothing is trained at 999, where sampling starts: add --store_start")
     labels = ["phase", "part", "update", "total_updates", "unet_forwards", "buffer_size", "lr", "seconds"]
     errors = ["paired_error", "paired_error_undistilled", "stage_error"]
     losses = ["loss", "loss_forward", "loss_dagger", *[f"loss_t{t}" for t in timestep_grid(args.teacher_steps // 2)]]

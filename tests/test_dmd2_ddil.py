@@ -369,7 +369,7 @@ ENDS = """
 --p_forward .5 --p_student .2 --p_teacher .2 | --p_forward, --p_teacher, --p_student (0.5, 0.2, 0.2): must be
 --gan_weight -1                              | argument --gan_weight: -1: must be
 --critic_gan_weight 0                        | --critic_gan_weight 0: nothing would train the GAN's head
---recipe ssd1b_oracle                        | --student_init: the recipe ssd1b_oracle distils SDXL into a smaller UNet
+--recipe ssd1b_oracle                        | --student_init: ssd1b_oracle distils SDXL into a smaller UNet
 --student_init @xl                           | its UNet's cross_attention_dim is 32, the teacher's 16
 --fake_init @no_middle                       | its UNet has no mid block, which the GAN looks at; take --gan_weight 0
 --fake_init @zero_snr                        | its noise schedule differs from the teacher's in rescale_betas_zero_snr
