@@ -293,7 +293,7 @@ def candidate_of(args, i: int) -> Candidate:
     if path == folder:
         path = folder / "pipeline"
         if not path.is_dir():
-            raise SystemExit(f"{folder}: the run is not finished (no pipeline/); name a stage of it, or --resume it")
+            raise SystemExit(f"{folder}: the run is not finished (no pipeline/); name one of stages/, or --resume it")
     config, stage, own = config_of(folder), path.name, {}
     whose = "teacher_steps" if stage in ("v", "gc") else "student_steps"
     own["steps"] = int(stage) if stage.isdigit() else config[whose]

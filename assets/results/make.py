@@ -71,7 +71,8 @@ def ablations(rows: list[dict]) -> None:
                 for column in ("stage_error", "paired_error")
             )
             if found := pairs(*stage):
-                cells = [shown([*stage[0].values()]), arm, shown([*stage[1].values()]), change(*stage), change(*whole)]
+                plain, other = map(shown, zip(*found))
+                cells = [plain, arm, other, change(*stage), change(*whole)]
                 print(f"| {setting} | {steps} | {len(found)} | {' | '.join(cells)} |")
 
 
