@@ -509,8 +509,9 @@ def refuse_zero_snr(pipe, flag: str, name: str) -> None:
 
 def betas_of(pipe) -> dict:
     """The part of a scheduler's config that says what the noise is, and nothing of how it samples."""
-    names = "num_train_timesteps", "beta_", "trained_betas", "rescale_betas"
-    return {name: value for name, value in pipe.scheduler.config.items() if name.startswith(names)}
+    names = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule"]
+    names += ["trained_betas", "rescale_betas_zero_snr"]
+    return {name: value for name, value in pipe.scheduler.config.items() if name in names}
 
 
 def load_schedule(pipe) -> NoiseSchedule:

@@ -274,22 +274,23 @@ def label_of(script: str, config: dict, stage: str) -> str:
     return ", ".join([name, *settings])
 
 
-def named(name: str) -> tuple[str, Path, Path | None, str | None]:
+def named(name: str) -> tuple[str, str, Path | None, str | None]:
     """(label or "", model, the run folder that it belongs to, its script) of LABEL=MODEL."""
     label, _, model = ("", "", name) if Path(name).exists() else name.rpartition("=")
     path = Path(model)
     for folder, script in product((path, path.parent, path.parent.parent), PAPER_ARMS):
         if (folder / f"{script}.py").is_file() and (folder / "config.json").is_file():
-            return label, path, folder, script
-    return label, path, None, None
+            return label, model, folder, script
+    return label, model, None, None
 
 
 def candidate_of(args, i: int) -> Candidate:
     """The i-th model, with its own run's settings where no flag says otherwise."""
-    label, path, folder, script = named(args.models[i])
+    label, model, folder, script = named(args.models[i])
+    path = Path(model)
     settings = {n: getattr(args, n)[i % len(getattr(args, n))] for n in ("steps", "guidance_scale", "sampler")}
     if not folder:
-        return Candidate(label or (path.parent if path.name == "pipeline" else path).name, str(path), **settings)
+        return Candidate(label or (path.parent if path.name == "pipeline" else path).name, model, **settings)
     if path == folder:
         path = folder / "pipeline"
         if not path.is_dir():
@@ -1179,9 +1180,9 @@ def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -
                 draw(panels[0], mix, "o-", f"C{i}", label)
                 for own, line in ("student", "o--"), ("teacher", "o-"):
                     alone = interval.pop(f"{own} alone", None)
-                    of_own = lambda means, own=own: {arm: v for arm, v in means.items() if arm.startswith(own)}
-                    draw(panels[1], of_own(switch), line, f"C{i}", f"{label}: {own} first")
-                    draw(panels[2], of_own(interval), line, f"C{i}", f"{label}: {own}, but the other there")
+                    first, there = ({a: v for a, v in arms.items() if a.startswith(own)} for arms in (switch, interval))
+                    draw(panels[1], first, line, f"C{i}", f"{label}: {own} first")
+                    draw(panels[2], there, line, f"C{i}", f"{label}: {own}, but the other there")
                     if alone is not None:
                         panels[2].axhline(alone, linestyle=line[1:], linewidth=0.8, color=f"C{i}", alpha=0.6)
                 panels[0].set(title="mixed (Table 5)", xlabel="probability of the teacher", ylabel=ev.title(metric))
@@ -1213,13 +1214,18 @@ OWN_CURVE = {
 }
 
 
-def plot_curves(models: Sequence[str], file: Path) -> None:
+def run_with_rows(model: str) -> tuple[str, Path, str]:
+    """(label, run folder, script) of what --curves is to draw, finished or not; SystemExit if that has no row."""
+    label, model, run, script = named(model)
+    if not run or not (run / "metrics.csv").is_file() or not (run / "metrics.csv").stat().st_size:
+        raise SystemExit(f"--curves: {model} belongs to no run whose metrics.csv has a row yet")
+    return label or label_of(script, config_of(run), "pipeline"), run, script
+
+
+def plot_curves(runs: Sequence[tuple[str, Path, str]], file: Path) -> None:
     """A row of panels for each run: its metrics.csv, and dashed that of the embedded default (assets/results/curves)."""
-    with saved_figure(file, len(models), 4) as axes:
-        for model, row in zip(models, axes):
-            label, path, run, script = named(model)
-            if not run or not (run / "metrics.csv").is_file() or not (run / "metrics.csv").stat().st_size:
-                raise SystemExit(f"--curves: {path} belongs to no run whose metrics.csv has a row yet")
+    with saved_figure(file, len(runs), 4) as axes:
+        for (label, run, script), row in zip(runs, axes):
             title, own = OWN_CURVE[script]
             sources = run / "metrics.csv", TINY.parent / "results" / "curves" / f"{script}.csv"
             for source, style in zip(sources, ({}, {"linestyle": "--", "alpha": 0.4})):
@@ -1230,7 +1236,7 @@ def plot_curves(models: Sequence[str], file: Path) -> None:
                         more = {"label": None if style else name, "marker": "o" if len(points) < 12 else None}
                         axis.plot(*zip(*points), color=f"C{i % 10}", **style, **more)
                     axis.set(title=what, xlabel="update", yscale="log" if "norm" in what else "linear")
-            row[0].set_ylabel(label or run.name)
+            row[0].set_ylabel(label)
 
 
 def report(ev: Evaluation, results: list[dict], rows: list[dict], gaps: list[dict]) -> str:
@@ -1265,8 +1271,9 @@ def main(argv=None) -> None:
     if folder.is_file() or there and not there & {"images", "curves.png"}:
         raise SystemExit(f"--output_dir {folder}: holds something else than an evaluation; choose another folder")
     if args.curves:
+        runs = [run_with_rows(model) for model in args.models]
         folder.mkdir(parents=True, exist_ok=True)
-        plot_curves(args.models, folder / "curves.png")
+        plot_curves(runs, folder / "curves.png")
         print(f"{folder / 'curves.png'}: dashed, the embedded default")
         return
     candidates = [candidate_of(args, i) for i in range(len(args.models))]

@@ -212,7 +212,8 @@ class Phase(NamedTuple):
 
 def halvings(teacher_steps: int, student_steps: int) -> list[str]:
     """Students' steps, e.g. 32, 4 -> ["16", "8", "4"]."""
-    return [str(teacher_steps >> i) for i in range(1, (teacher_steps // student_steps).bit_length())]
+    n = teacher_steps // 2
+    return [str(n), *halvings(n, student_steps)] if n >= student_steps else []
 
 
 def plan_phases(args, prediction_type: str, has_w: bool) -> list[Phase]:

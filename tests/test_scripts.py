@@ -282,7 +282,9 @@ def test_curves(script, finished, tmp_path):
     assert Image.open(out / "curves.png").convert("L").getextrema() == (0, 255)
     (run / "metrics.csv").write_text("")
     for model in run, "assets/tiny/pipeline":
-        assert "no run whose metrics.csv has a row" in refusal(model, "--curves", script="evaluate.py")
+        flags = ["--curves", "--output_dir", tmp_path / "none"]
+        assert "no run whose metrics.csv has a row" in refusal(model, *flags, script="evaluate.py")
+        assert not (tmp_path / "none").exists()
 
 
 DAMAGES = {

@@ -1,6 +1,6 @@
 """Tables of README and of assets/results/README.md from the CSV files beside this one.
 
-pd.csv: a row for each run and stage; shift.csv: `evaluate.py --shift gap` of 4-step students, a row for each timestep.
+pd.csv: a row for each run and stage; shift.csv: `evaluate.py --shift gap`, a row for each timestep.
 `python assets/results/make.py` prints the tables. To compare runs of your own, add their rows.
 """
 
