@@ -293,7 +293,7 @@ def consistency_rollout(
 
 
 class SamplingPrior:  # DDIL: chooses among Alg. 1 lines 3-5, App. A
-    """Where z_t comes from: a categorical distribution over sources [D3], given for each part of training (App. A).
+    """Eq. 2's mixture: a categorical distribution over where z_t comes from [D3], for each part of training (App. A).
 
     SamplingPrior(generator, forward=(.75, .5), dagger=(.25, .5)). Every rank seeds this generator alike and draws from
     it only what ranks must share, so all of them take the same source [D14]. ValueError if a part does not sum to 1.

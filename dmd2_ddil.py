@@ -8,7 +8,8 @@ DMD2: Improved Distribution Matching Distillation for Fast Image Synthesis, arXi
     seven GPUs          accelerate launch --multi_gpu --num_processes 7 --mixed_precision bf16 dmd2_ddil.py --recipe ssd1b ...
 
 paper                                            code
-  Alg. 1    line 2, [D14] one source a mini-batch  common.SamplingPrior.draw
+  Alg. 1    line 1, data, T_s                      data_batch, draw_transitions
+  Alg. 1    line 2, [D14] one source an iteration  common.SamplingPrior.draw
   Alg. 1    line 3, forward diffusion              student_states, common.forward_states
   Alg. 1    line 4, the teacher's trajectory       student_states, common.teacher_rollout
   Alg. 1    line 5, the student's trajectory       student_states, common.consistency_rollout
@@ -466,8 +467,8 @@ def main(argv=None) -> None:
         part = part_of(update, n, len(priors["forward"]))
         for i in range(args.fake_updates):  # of the critic; the first one also updates the student
             trains_student, made = i == 0, []
-            source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the mini-batch, the same on all ranks
-            transitions = draw_transitions(args.seed, update, i, len(timesteps))
+            source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the iteration, the same on all ranks
+            transitions = draw_transitions(args.seed, update, i, len(timesteps))  # Alg. 1 line 1: T_s
             movers = draw_movers(prior, source, part, transitions, args.mixed_rollout)
             origin = movers[-1] if movers else "noise"  # whose states these are, for the metrics
             for _ in run.minibatches(nets.student if trains_student else None):

@@ -9,7 +9,8 @@ LCM: Latent Consistency Models, arXiv:2310.04378.
                         --batch_size 45 ...
 
 paper                                            code
-  Alg. 1    line 2, [D14] one source a mini-batch  common.SamplingPrior.draw
+  Alg. 1    line 1, data, T_s                      forward_batch, draw_stop
+  Alg. 1    line 2, [D14] one source an update     common.SamplingPrior.draw
   Alg. 1    line 3, forward diffusion              forward_batch, common.forward_states
   Alg. 1    line 4, the teacher's trajectory       rollout_batch, common.teacher_rollout
   Alg. 1    line 5, the student's trajectory       rollout_batch, common.consistency_rollout
@@ -127,7 +128,7 @@ def draw_cond(run: Run, ids: Tensor) -> dict:
 
 def forward_batch(run: Run, timesteps: list[int]) -> tuple[Tensor, Tensor, dict]:
     """(z_t, t, cond) by forward diffusion of data to any of these timesteps (Alg. 1 line 3)."""
-    x, ids = run.data.next()
+    x, ids = run.data.next()  # Alg. 1 line 1
     cond = draw_cond(run, ids)
     grid = torch.tensor(timesteps, device=x.device)
     t = grid[torch.randint(len(grid), (len(x),), generator=run.noise, device=x.device)]
@@ -331,10 +332,10 @@ def main(argv=None) -> None:
         run.save_grid(rows | {f"student, {len(few)} steps": student_row()})
 
     priors = priors_of(args)
-    prior = SamplingPrior(run.shared, **priors)  # DDIL: App. A
+    prior = SamplingPrior(run.shared, **priors)  # DDIL: [D12]
     for update in run.updates("lcm", n, args.learning_rate, sample):
         part = part_of(update, n, len(priors["forward"]))
-        source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the mini-batch, the same on all ranks
+        source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the update, the same on all ranks
         for _ in run.minibatches(student):
             if source == "forward":  # Alg. 1 line 3
                 z_t, t, cond = forward_batch(run, grid)

@@ -9,11 +9,11 @@ DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v
 paper                                            code
   sec. 5    eps -> v conversion                    v_step
   sec. 5    guidance conditioning (Meng et al.)    guidance_step, common.guidance_embedding
-  Alg. 1    line 2, [D14] one source a mini-batch  common.SamplingPrior.draw
+  Alg. 1    line 2, [D14] one source an update     common.SamplingPrior.draw
   Alg. 1/3  forward diffusion                      forward_batch, common.forward_states
   Alg. 2    mixed trajectories -> D_DAgger         collect, common.mixed_rollout, common.TrajectoryBuffer
   Alg. 3    lines 1, 2, 12: stages                 main, plan_phases, open_phase, halve
-  Alg. 3    lines 3, 11: updates, D_DAgger anew    halve, dagger_batch
+  Alg. 3    lines 3, 4, 11: updates, D_DAgger      halve, dagger_batch
   Alg. 3    lines 7, 8: the teacher's two steps    forward_batch, teacher_landing, common.mixed_rollout
   Alg. 3    lines 6, 9, 10 and Eq. 3: the loss     pd_step
   sec. 4.1  reflected distillation [D15]           common.reflect, common.ddim_step
@@ -117,7 +117,7 @@ def pd_step(
 
 
 def data_batch(run: Run) -> tuple[Tensor, dict]:
-    """(x, cond) of this rank's next images, each with a w of its own."""
+    """(x, cond) of this rank's next images, each with a w of its own (Alg. 1 line 1)."""
     x, ids = run.data.next()
     return x, run.prompts.encode(ids) | {"w": run.draw_w(len(x))}
 
@@ -418,7 +418,7 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
     for part, n in enumerate(phase.updates):  # App. A: two parts
         student.renew_optimizer()  # [D7]
         for _ in run.updates(f"{phase.name} part {part + 1}", n, args.learning_rate[-1], sample):  # Alg. 3 line 3
-            source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the mini-batch, the same on all ranks
+            source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the update, the same on all ranks
             for _ in run.minibatches(student):
                 if source == "forward":  # Alg. 3 lines 5, 7, 8
                     z_t, z_s, t, s, cond = forward_batch(run, teacher, tau, range(steps))
