@@ -167,7 +167,7 @@ def dagger_batch(
     while dagger.credit < batch_size:  # Alg. 3 line 11
         rows = collect(run, teacher, student, [*timestep_grid(len(tau) - 1), CLEAN], student_rate)
         dagger.add(**rows, born=torch.full_like(rows["w"], now))  # Alg. 2 line 6
-        dagger.credit += len(rows["w"]) * run.args.reuse
+        dagger.credit += min(len(rows["w"]), dagger.capacity) * run.args.reuse
     dagger.credit -= batch_size
     rows = dagger.sample(batch_size, dagger.choices)
     run.note({"buffer_age": now - rows["born"]})
