@@ -181,6 +181,13 @@ def ddim_step(schedule: NoiseSchedule, z_t: Tensor, v: Tensor, t: Tensor, s: Ten
 Model = Callable[[Tensor, Tensor, dict], Tensor]
 
 
+def to_device(value: Tensor, device) -> Tensor:
+    """value.to(device), for which the host does not wait until a GPU is done with what it was given before."""
+    if value.device.type != "cpu" or torch.device(device).type in ("cpu", "mps"):
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
+
+
 def select(cond: dict, rows: Tensor) -> dict:
     """The rows (mask or indices) of every tensor in cond."""
     return {name: value[rows] for name, value in cond.items()}
@@ -243,7 +250,7 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
         # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition; with a generator on the CPU none waits
         student_moves = torch.rand(len(z), generator=generator, device=generator.device) < rates[:, j]
         asks_all = query is not None and j in query
-        asked, moved = (rows_of(m, multiple).to(z.device) for m in (asks_all | ~student_moves, student_moves))
+        asked, moved = (to_device(rows_of(m, multiple), z.device) for m in (asks_all | ~student_moves, student_moves))
         z_s = torch.empty_like(z)
         if len(asked):  # Alg. 2 line 4; also the target of a state that is stored, Alg. 3 line 8 [D17]
             z_s[asked] = teacher_rollout(schedule, teacher, z[asked], path, select(cond, asked), support)[-1]
@@ -255,7 +262,7 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
             z_s[moved] = student_rollout(schedule, student, z[moved], (t, s), select(cond, moved))[-1]
         z = z_s  # Alg. 2 line 5
         states.append(z)
-        moves.append(student_moves.to(z.device))
+        moves.append(to_device(student_moves, z.device))
     return states, landings, moves
 
 
@@ -331,7 +338,7 @@ class TrajectoryBuffer:  # DDIL: Alg. 2 line 6
         for name, value in rows.items():
             if name not in self.rows:
                 self.rows[name] = value.new_empty(self.capacity, *value.shape[1:])
-            self.rows[name][slots.to(self.rows[name].device)] = value[-self.capacity :].to(self.rows[name].device)
+            self.rows[name][to_device(slots, value.device)] = value[-self.capacity :]
         self.added += n
 
     def sample(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -339,7 +346,7 @@ class TrajectoryBuffer:  # DDIL: Alg. 2 line 6
         if len(self) == 0:
             raise IndexError("D_DAgger is empty: collect trajectories before sampling")
         i = torch.randint(len(self), (n,), generator=generator, device=generator.device)
-        return {name: value[i.to(value.device)] for name, value in self.rows.items()}
+        return {name: value[to_device(i, value.device)] for name, value in self.rows.items()}
 
     def clear(self) -> None:
         self.added, self.rows = 0, {}
@@ -596,11 +603,12 @@ class PromptEncoder:
         return {name: torch.stack([self.memo[key][name] for key in keys]) for name in self.memo[keys[0]]}
 
     def _run_encoders(self, ids: Tensor) -> dict[str, Tensor]:
-        outputs = [e(ids[:, i].to(self.device), output_hidden_states=True) for i, e in enumerate(self.encoders)]
+        ids = to_device(ids, self.device)
+        outputs = [e(ids[:, i], output_hidden_states=True) for i, e in enumerate(self.encoders)]
         if not self.xl:
             return {"prompt": outputs[0][0].float()}
         prompt = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1).float()  # SDXL: the layer before the last
-        return {"prompt": prompt, "text_embeds": outputs[-1][0].float(), "time_ids": ids[:, -1, :6].to(self.device)}
+        return {"prompt": prompt, "text_embeds": outputs[-1][0].float(), "time_ids": ids[:, -1, :6]}
 
     def null(self) -> dict[str, Tensor]:
         """cond of the empty prompt, one row: the unconditional branch of guidance, as the pipeline makes it."""
@@ -1066,7 +1074,7 @@ class LatentData:
             columns = (np.stack([sample[name] for sample in samples]) for name in ("moments", "ids"))
             moments, ids = map(torch.from_numpy, columns)
             ids = ids.unflatten(1, (len(self.prompts.tokenizers) + self.prompts.xl, -1))
-            return moments.unflatten(1, (2, *self.latents)).to(self.prompts.device), ids
+            return to_device(moments.unflatten(1, (2, *self.latents)), self.prompts.device), ids
         original, target = torch.tensor([sample["height_width"] for sample in samples]), torch.tensor(self.shape)
         scaled = (original * (target / original).amax(dim=1, keepdim=True)).round()  # [B, 2]
         corners = (scaled.long() - target) // 2  # of the crop, in the image as it is scaled
@@ -1074,7 +1082,7 @@ class LatentData:
         pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples]))  # [B, H, W, 3] uint8
         moments = []
         for part in pixels.permute(0, 3, 1, 2).split(16):  # the VAE's activations at full resolution are large
-            posterior = self.vae.encode(part.to(self.prompts.device) / 127.5 - 1).latent_dist
+            posterior = self.vae.encode(to_device(part, self.prompts.device) / 127.5 - 1).latent_dist
             moments.append(torch.stack([posterior.mean, posterior.std], dim=1))
         return torch.cat(moments), self.prompts.tokenize([sample["caption"] for sample in samples], sizes)
 
@@ -1500,7 +1508,7 @@ class Metrics:
 
     def add_by(self, columns: Sequence[str], index: Tensor, values: Tensor) -> None:
         """values [B] into columns[index], index [B]."""
-        place = torch.tensor([self.columns.index(c) for c in columns], device=index.device)[index]
+        place = to_device(torch.tensor([self.columns.index(c) for c in columns]), index.device)[index]
         self.totals.index_add_(1, place, torch.stack([values, torch.ones_like(values)]))
 
     def flush(self, accelerator, **labels) -> dict[str, float]:
@@ -1934,7 +1942,7 @@ class Run:
     def judge(self) -> None:
         """The only wait for the device in an update: SystemExit on all ranks if a loss or a gradient's norm since the last
         time was not finite; and whether a rank was asked to stop."""
-        asked = torch.tensor(float(self.stop.asked), device=self.device)
+        asked = torch.full((), float(self.stop.asked), device=self.device)
         names, values = zip(*self.unread, ("", asked))
         self.unread = []
         *values, self.stopping = self.accelerator.reduce(torch.stack(values).float(), "sum").tolist()

@@ -33,7 +33,7 @@ from torch import Tensor
 # isort: off
 from common import CLEAN, NoiseSchedule, forward_states, timestep_grid
 from common import Support, ddim_step
-from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout
+from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout, to_device
 from common import SamplingPrior
 from common import drop_prompts, lcm_scheduler, load_pipeline, refuse_zero_snr, with_guidance, with_w_embedding
 from common import (
@@ -130,7 +130,7 @@ def forward_batch(run: Run, timesteps: list[int]) -> tuple[Tensor, Tensor, dict]
     """(z_t, t, cond) by forward diffusion of data to any of these timesteps (Alg. 1 line 3)."""
     x, ids = run.data.next()  # Alg. 1 line 1
     cond = draw_cond(run, ids)
-    grid = torch.tensor(timesteps, device=x.device)
+    grid = to_device(torch.tensor(timesteps), x.device)
     t = grid[torch.randint(len(grid), (len(x),), generator=run.noise, device=x.device)]
     return forward_states(run.schedule, x, t, run.noise)[0], t, cond
 

@@ -192,7 +192,7 @@ def collect(run: Run, teacher: Model, student: Model, tau: list[int], student_ra
     return {  # trajectory by trajectory, so that a full buffer lets go of the oldest ones whole
         "z_t": torch.stack([states[j] for j in stored], dim=1).flatten(0, 1),
         "z_s": torch.stack([landings[j] for j in stored], dim=1).flatten(0, 1),
-        "j": torch.tensor(stored, device=z.device).repeat(n),
+        "j": torch.arange(stored.start, stored.stop, device=z.device).repeat(n),
         "w": cond["w"].repeat_interleave(k),
         "ids": ids.repeat_interleave(k, dim=0),
     }

@@ -123,11 +123,23 @@ def bare(value):
 waits = Counter()  # of the host for the device
 
 
+def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.clone()
+    copy.is_in_pinned_memory = True
+    return copy
+
+
 def makes_host_wait(function, args, kwargs) -> bool:
-    """item(), tolist(), bool(); a copy to the CPU; and what has as many rows as a mask on the device has ones."""
+    """item(), tolist(), bool(); what has as many rows as a mask on the device has ones; a copy to the CPU, and one from it
+    unless it is out of pinned memory and need not be waited for."""
+    if function in (aten._to_copy.default, aten.copy_.default):
+        source = args[-1] if function is aten._to_copy.default else args[1]
+        goes = is_on_strict(args[0]) if function is aten.copy_.default else is_strict(kwargs.get("device"))
+        is_free = getattr(source, "is_in_pinned_memory", False) and kwargs.get("non_blocking", False)
+        stays = kwargs.get("device") is None and function is aten._to_copy.default
+        return not stays and goes != is_on_strict(source) and not is_free
     is_mask = function in INDEXING and any(a.dtype == torch.bool for a in tree_leaves(args[1]) if is_on_strict(a))
-    to_cpu = function is aten._to_copy.default and kwargs.get("device") is not None and not is_strict(kwargs["device"])
-    return function in (aten._local_scalar_dense.default, aten.nonzero.default) or is_mask or to_cpu
+    return function in (aten._local_scalar_dense.default, aten.nonzero.default) or is_mask
 
 
 def is_on_strict(value) -> bool:
@@ -150,12 +162,12 @@ def count_waits(updates):
 
 def run(function, args, kwargs):
     """An operation on the device, after a check of where its operands are."""
+    waits.update([1] * makes_host_wait(function, args, kwargs))
     if function is aten.copy_.default:
         bare(args[0]).copy_(bare(args[1]))
         return args[0]
     if function is aten._fused_sdp_choice.default:
         return 0  # attention by plain operations
-    waits.update([1] * makes_host_wait(function, args, kwargs))
     operands = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
     here = {id(a.raw): a for a in operands if isinstance(a, StrictTensor)}
     indices = (
@@ -245,7 +257,7 @@ def check_refusals() -> None:
 
 if __name__ == "__main__":
     script = importlib.import_module(sys.argv[1].removesuffix(".py"))
-    accelerate.Accelerator, torch.Generator = Accelerator, Generator
+    accelerate.Accelerator, torch.Generator, torch.Tensor.pin_memory = Accelerator, Generator, pin_memory
     with Factories(), Generators():
         check_refusals()
         if "STRICT_WAITS" in os.environ:
