@@ -1026,21 +1026,25 @@ class LatentData:
         """The next n usable samples; without their images for prompts."""
         samples = []
         while len(samples) < n:
-            self.look_ahead(1)
+            self.look_ahead(1, start=need_images)
             _, row, draw, decoding = self.ahead.popleft()
-            if need_images or "image" not in row:
+            if need_images:
                 samples += self.usable([decoding.result()])
-            else:
+                continue
+            if decoding:
                 decoding.cancel()
-                samples += self.usable([decode({"caption": row["caption"]}, self.shape, draw)])
+            row = {name: value for name, value in row.items() if name != "image"}
+            samples += self.usable([decode(row, self.shape, draw)])
         return samples
 
-    def look_ahead(self, n: int) -> None:
+    def look_ahead(self, n: int, start: bool = True) -> None:
+        """Read until n rows wait, and start to decode them."""
         while len(self.ahead) < n:
             position = self.source.position
             row, epoch = self.source.read()
             draw = seed_of(self.seed, epoch, row["caption"]) if isinstance(row.get("caption"), list) else 0
-            self.ahead.append((position, row, draw, self.threads.submit(decode, row, self.shape, draw)))
+            decoding = self.threads.submit(decode, row, self.shape, draw) if start else None
+            self.ahead.append((position, row, draw, decoding))
 
     def usable(self, decoded: Iterable[tuple[str | None, dict]]) -> list[dict]:
         """The samples that can be trained on, of what `decode` gave. SystemExit where too many cannot."""

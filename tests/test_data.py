@@ -372,8 +372,8 @@ def test_ranks_share_the_files_of_a_stream(n_files, tmp_path, teacher_folder, ca
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_images_are_decoded_ahead(streaming, tmp_path, teacher_folder, monkeypatch):
-    """Once each, without a change to what comes; prompts take the place of what was decoded, and wait for nothing. Where
-    there are several captions, one is drawn for both."""
+    """Once each, without a change to what comes; prompts take the place of what was decoded, and wait for nothing nor
+    begin it. Where there are several captions, one is drawn for both."""
     decoded, function = [], common.decode
     count = lambda row, *more: (decoded.append(row) if "image" in row else None) or function(row, *more)
     monkeypatch.setattr(common, "decode", count)
@@ -383,9 +383,11 @@ def test_images_are_decoded_ahead(streaming, tmp_path, teacher_folder, monkeypat
     folder.mkdir()
     datasets.Dataset.from_dict(columns).to_parquet(folder / "train.parquet")
     data, prompts_alone = (open_stream(folder, teacher_folder, streaming) for _ in range(2))
+    alone = captions_of(prompts_alone, 3, prompts=True)
+    assert not decoded
     batches = captions_of(data, 3)
     assert len(data.ahead) == 8
-    assert captions_of(prompts_alone, 3, prompts=True) == batches
+    assert alone == batches
     assert captions_of(data, 2, prompts=True) == captions_of(prompts_alone, 2)
     assert captions_of(data, 2) == captions_of(prompts_alone, 2)
     assert len({caption[-1] for caption in batches}) == 3
