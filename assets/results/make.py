@@ -1,14 +1,16 @@
-"""Tables of README and of assets/results/README.md from the CSV files beside this one.
+"""Tables of README and of assets/results/README.md from the CSV files beside this one, and gain.png.
 
 pd.csv: a row for each run and stage; shift.csv: `evaluate.py --shift gap`, a row for each timestep.
 `python assets/results/make.py` prints the tables. To compare runs of your own, add their rows.
 """
 
 import csv
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from scipy.stats import ttest_rel  # lpips brings it
+import matplotlib.pyplot as plt
+from scipy.stats import spearmanr, ttest_rel  # lpips brings it
 
 ARMS = ("PD", "PD + control", "PD + DDIL")  # of the chain
 SCORES = ("FD (tiny)", "alignment", "diversity (tiny)")
@@ -76,8 +78,61 @@ def ablations(rows: list[dict]) -> None:
                 print(f"| {setting} | {steps} | {len(found)} | {' | '.join(cells)} |")
 
 
+def shifts_of(rows: list[dict]) -> dict[tuple[str, int], dict[str, list[float]]]:
+    """Of plain PD's students beside their own teachers, for each setting and number of steps: measures of the shift, each
+    a value for every seed and timestep below 999."""
+    found = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        student, _, setting = row["label"].partition(", to its own teacher; ")
+        if setting and row["t"] != "999":
+            for measure in MEASURES:
+                found[setting, int(student.split()[1])][measure].append(float(row[measure]))
+    return found
+
+
+MEASURES = {  # of shift.csv
+    "FD, student": "distance of visited to forward-diffused latents",
+    "disagreement, visited / forward": "disagreement on visited to forward-diffused latents",
+}
+
+
+def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> None:
+    """A point for each setting and number of steps: what DDIL changes in the stage's error, against the measured shift."""
+    found, points = shifts_of(shifts), []
+    settings = dict.fromkeys(row["label"].partition("; ")[2] for row in rows if row["label"].startswith("PD;"))
+    for setting in settings:
+        of_chain = "chain" if " alone, each" in setting else setting  # its PD arm is that of the chain
+        for steps in (16, 8, 4, 2):
+            plain, other = (by_seed(rows, f"{arm}; {setting}", steps, "stage_error") for arm in ("PD", "PD + DDIL"))
+            changes = [100 * (b / a - 1) for a, b in pairs(plain, other)]
+            if changes and (of_chain, steps) in found:
+                points.append((setting, steps, found[of_chain, steps], mean(changes), stdev(changes) / len(changes) ** 0.5))
+    _, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    names = dict.fromkeys("one stage alone" if " alone" in point[0] else point[0] for point in points)
+    for ax, (measure, title) in zip(axes, MEASURES.items()):
+        for setting, steps, shift, change, error in points:
+            marker = "osD^vPX"[[*names].index("one stage alone" if " alone" in setting else setting)]
+            style = {"marker": marker, "color": f"C{(16, 8, 4, 2).index(steps)}", "capsize": 2}
+            ax.errorbar(mean(shift[measure]), change, error, **style)
+        rho = spearmanr([mean(shift[measure]) for _, _, shift, _, _ in points], [change for *_, change, _ in points])
+        ax.set_xlabel(f"{title}\nrank correlation {rho.statistic:.2f}, p = {rho.pvalue:.2g}")
+        ax.axhline(0, color="grey", linewidth=0.8)
+    axes[0].set_ylabel("stage error, PD + DDIL to PD [%]")
+    for i, steps in enumerate((16, 8, 4, 2)):
+        axes[1].plot([], [], "s", color=f"C{i}", label=f"{steps} steps")
+    for i, name in enumerate(names):
+        axes[1].plot([], [], "osD^vPX"[i], color="grey", label=name)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    plt.savefig(picture, dpi=110, bbox_inches="tight")
+
+
+def read(name: str) -> list[dict]:
+    with (Path(__file__).parent / name).open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
 if __name__ == "__main__":
-    with (Path(__file__).parent / "pd.csv").open(newline="") as file:
-        table = [*csv.DictReader(file)]
+    table = read("pd.csv")
     headline(table)
     ablations(table)
+    gain_against_shift(table, read("shift.csv"), Path(__file__).parents[1] / "gain.png")
