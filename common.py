@@ -2,7 +2,7 @@
 
 DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v1. Sections 1-4 are the paper; they need
 `torch` alone, hold no state but two small classes, and are meant to be copied. Section 5 is plumbing around diffusers.
-[D n] are the readings of the paper that README lists.
+[D n] are the readings of the paper that README lists, lines of algorithms are counted as it does.
 
 Glossary. z_t = alpha_t x + sigma_t eps with alpha_t^2 + sigma_t^2 = 1; v = alpha_t eps - sigma_t x; x_hat, v_hat are
           estimates. Time runs from noise (t = 999) to data (0): t > m > s. CLEAN is the end of every trajectory, where
@@ -247,14 +247,14 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     for j, (t, s) in enumerate(pairwise(student_grid)):  # Alg. 2 line 2
         path = teacher_grid[teacher_grid.index(t) : teacher_grid.index(s) + 1]  # t -> m -> s, Alg. 3 line 7
         stop = query is not None and j >= max(query, default=0)
-        # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition; with a generator on the CPU none waits
+        # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition; drawn on the CPU, so that the host need not wait
         student_moves = torch.rand(len(z), generator=generator, device=generator.device) < rates[:, j]
         asks_all = query is not None and j in query
         asked, moved = (to_device(rows_of(m, multiple), z.device) for m in (asks_all | ~student_moves, student_moves))
         z_s = torch.empty_like(z)
         if len(asked):  # Alg. 2 line 4; also the target of a state that is stored, Alg. 3 line 8 [D17]
             z_s[asked] = teacher_rollout(schedule, teacher, z[asked], path, select(cond, asked), support)[-1]
-        if query is not None and j in query:
+        if asks_all:
             landings[j] = z_s.clone()
         if stop:
             break
@@ -313,7 +313,7 @@ class SamplingPrior:  # DDIL: chooses among Alg. 1 lines 3-5, App. A
                 raise ValueError(f"sampling priors {self.priors}: part {part} must be >= 0 and sum to 1, got {row}")
 
     def draw(self, part: int) -> str:
-        """One source for the whole mini-batch, on all ranks; before Alg. 1 line 1, as T_s depends on it [D4]."""
+        """One source for a whole update, on all ranks; before Alg. 1 line 1, as T_s depends on it [D4]."""
         row = {source: values[part] for source, values in self.priors.items()}
         p = torch.rand((), generator=self.generator, dtype=torch.float64).item()  # Alg. 1 line 2
         for source, upper in zip(row, accumulate(row.values())):  # Alg. 1 lines 3-5, cumulative thresholds
@@ -1084,8 +1084,8 @@ class LatentData:
         corners = (scaled.long() - target) // 2  # of the crop, in the image as it is scaled
         sizes = torch.cat([original, corners, target.expand_as(original)], dim=1)
         pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples]))  # [B, H, W, 3] uint8
-        moments = []
-        for part in pixels.permute(0, 3, 1, 2).split(16):  # the VAE's activations at full resolution are large
+        moments, at_once = [], max(1, min(16, 2**20 // math.prod(self.shape)))  # its activations are large: GiB at 512
+        for part in pixels.permute(0, 3, 1, 2).split(at_once):
             posterior = self.vae.encode(to_device(part, self.prompts.device) / 127.5 - 1).latent_dist
             moments.append(torch.stack([posterior.mean, posterior.std], dim=1))
         return torch.cat(moments), self.prompts.tokenize([sample["caption"] for sample in samples], sizes)
@@ -1569,12 +1569,14 @@ def save_sheet(path: Path, rows: dict[str, list], label_width: int = 110) -> Non
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into `asked`, which the loop reads once an update, the same on all ranks. Another one after
+    """Turns SIGTERM, SIGHUP and Ctrl-C into `asked`, which the loop reads once an update, the same on all ranks. Another one after
     five seconds stops at once (launchers may pass the first one on twice)."""
 
     def __init__(self):
         self.since = math.inf
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # launchers pass a closed terminal's SIGHUP on, `nohup` or not; a script that `nohup` itself has started ignores it
+        hangs_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+        for number in (signal.SIGTERM, signal.SIGINT, *hangs_up):
             signal.signal(number, self.ask)
 
     @property
@@ -1755,6 +1757,7 @@ class Run:
         if self.args.compile:
             # of one code: instances of several shapes, with and without gradient; beyond it, it would run uncompiled
             torch._dynamo.config.recompile_limit = 256
+            torch._dynamo.config.optimize_ddp = False  # or blocks are split where DDP's buckets end
             for module in network.modules():
                 if type(module).__name__ in REGIONS:
                     module.compile(dynamic=False)
@@ -2062,8 +2065,11 @@ class Run:
         folder, self.checkpoint = self.checkpoint, None
         for name, trained in self.trained.items():
             whole_state.set_model_state_dict(trained.network, load_state(folder / f"{name}.pt"), options=WHOLE)
-            state = load_state(folder / f"{name}_optimizer.pt")
-            whole_state.set_optimizer_state_dict(trained.network, trained.optimizer.optimizer, state, options=WHOLE)
+            state, optimizer = load_state(folder / f"{name}_optimizer.pt"), trained.optimizer.optimizer
+            # the state that it has by then goes first, or both would be on the device for a moment
+            hook = optimizer.register_load_state_dict_pre_hook(lambda optimizer, _: optimizer.state.clear())
+            whole_state.set_optimizer_state_dict(trained.network, optimizer, state, options=WHOLE)
+            hook.remove()
         mine = load_state(folder / f"rank-{self.rank}.pt")
         for name, thing in self.kept.items():
             is_network = isinstance(thing, torch.nn.Module)

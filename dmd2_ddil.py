@@ -20,7 +20,7 @@ paper                                            code
   sec. 4.1  reflected distillation [D15]           reflect_value, matching_gradient, common.reflect
   sec. 5    ten critic updates for each, priors    RECIPES, main
 
-Plain DMD2 is --p_student 1. What the paper adds to it: grep "# DDIL:" dmd2_ddil.py common.py
+Plain DMD2 is --p_student 1 --reflect none. What the paper adds to it: grep "# DDIL:" dmd2_ddil.py common.py
 """
 
 import copy

@@ -21,7 +21,7 @@ paper                                            code
   sec. 5    n drawn from {3, 4, 5}                 draw_stop
   sec. 5    priors, schedule [D12]                 RECIPES, common.part_of
 
-Plain LCM is --p_forward 1. What the paper adds to it: grep "# DDIL:" lcm_ddil.py common.py
+Plain LCM is --p_forward 1 --reflect none. What the paper adds to it: grep "# DDIL:" lcm_ddil.py common.py
 """
 
 import copy

@@ -131,6 +131,7 @@ def forward_batch(run: Run, teacher: Model, tau: Tensor, intervals: range) -> Tr
     return z_t, teacher_landing(run.schedule, teacher, z_t, t, m, s, cond, run.support), t, s, cond  # Alg. 3 line 8
 
 
+# DDIL: this class and the next three functions
 class DAgger(TrajectoryBuffer):
     """D_DAgger, and its credit: how many more uses the states that it was given are good for [D17]. Which states are drawn
     is the host's choice, as their captions are on it: no wait for the device."""
@@ -153,7 +154,6 @@ class DAgger(TrajectoryBuffer):
         self.choices.set_state(state["choices"])
 
 
-# DDIL: the next three functions
 def stored_intervals(args, steps: int) -> range:
     """Intervals of the student's grid whose states D_DAgger holds: not the pure noise at 999 that all start from [D16]."""
     return range(0 if args.store_start else 1, steps)
@@ -364,7 +364,7 @@ def check_args(args) -> None:
 
 
 def open_phase(run: Run, phase: Phase, folder: Path) -> tuple[Model, Model, torch.nn.Module]:
-    """(network, teacher, student's UNet) of a phase that distils the pipeline in `folder`."""
+    """(teacher, the same with what `reflect` moves noted, student's UNet) of a phase that distils the pipeline in `folder`."""
     pipe = load_pipeline(str(folder), resolution=run.args.resolution)
     student = with_w_embedding(pipe.unet) if phase.name == "gc" else copy.deepcopy(pipe.unet)  # Alg. 3 line 2
     network = run.model(run.frozen(pipe.unet), pipe.scheduler.config.prediction_type)

@@ -407,11 +407,13 @@ def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monke
 
 @pytest.mark.parametrize("script, ranks", [*product(FLAGS, [1]), ("lcm_ddil --streaming", 1), *product(SHORT, [2])])
 def test_interrupted_run_is_the_same_run(script, ranks, finished, tmp_path, teacher_folder, data):
-    """kill -9 while a checkpoint is written, between two updates, at the end of a phase; SIGTERM saves and leaves."""
+    """kill -9 while a checkpoint is written, between two updates, at the end of a phase; SIGTERM and SIGHUP save and leave."""
     folder, log, name = tmp_path / "run", tmp_path / "log", script.split()[0]
     chance, results = random.Random(f"{script} {ranks}"), "/stages/" if name == "pd_ddil" else "/pipeline"
     kill, rows = signal.SIGKILL, chance.randint(2, 3)
-    stops = [(kill, "/checkpoints/", chance.randint(2, 10)), (signal.SIGTERM, "metrics.csv", rows)]
+    hangs_up = name == "lcm_ddil" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    asks = signal.SIGHUP if hangs_up else signal.SIGTERM
+    stops = [(kill, "/checkpoints/", chance.randint(2, 10)), (asks, "metrics.csv", rows)]
     stops += [(kill, "metrics.csv", rows), (kill, results, chance.randint(1, 20))] * (ranks == 1)
     flags = arguments(script, teacher_folder, data, folder)
     for stop in [*stops, None]:

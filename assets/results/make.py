@@ -45,7 +45,7 @@ def p_value(plain: dict[str, float], other: dict[str, float]) -> str:
 
 def headline(rows: list[dict]) -> None:
     print("| | steps | undistilled | PD | control | PD + DDIL | DDIL to PD | p |\n|---|---|---|---|---|---|---|---|")
-    for column, name in (("paired_error", "error"), ("stage_error", "of the stage alone")):
+    for column, name in (("paired_error", "error"), ("stage_error", "stage error")):
         for steps in (16, 8, 4, 2):
             arms = [by_seed(rows, f"{arm}; chain", steps, column) for arm in ARMS]
             bare = [*by_seed(rows, "PD; chain", steps, "paired_error_undistilled").values()]
