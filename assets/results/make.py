@@ -1,6 +1,6 @@
 """Tables of README and of assets/results/README.md from the CSV files beside this one, and gain.png.
 
-pd.csv, dmd2.csv: a row for each run and number of steps; shift.csv: `evaluate.py --shift gap`, a row for each timestep.
+pd.csv: a row for each run and number of steps; shift.csv: `evaluate.py --shift gap`, a row for each timestep.
 `python assets/results/make.py` prints the tables. To compare runs of your own, add their rows.
 """
 
@@ -78,17 +78,6 @@ def ablations(rows: list[dict]) -> None:
                 print(f"| {setting} | {steps} | {len(found)} | {' | '.join(cells)} |")
 
 
-def ladder(rows: list[dict], plain: str) -> None:
-    """Scores of each label at 4 steps, each with the p of a paired t-test against the plain method's."""
-    print(f"\n| 4 steps | seeds | {' | p | '.join(SCORES)} | p |\n|---|---{'|---|---' * len(SCORES)}|")
-    for label in dict.fromkeys(row["label"] for row in rows):
-        cells = []
-        for column in SCORES:
-            own, others = by_seed(rows, label, 4, column), by_seed(rows, plain, 4, column)
-            cells += [shown([*own.values()]), p_value(others, own) if label != plain else ""]
-        print(f"| {label} | {len(own)} | {' | '.join(cells)} |")
-
-
 def shifts_of(rows: list[dict]) -> dict[tuple[str, int], dict[str, list[float]]]:
     """Of plain PD's students beside their own teachers, for each setting and number of steps: measures of the shift, each
     a value for every seed and timestep below 999."""
@@ -146,5 +135,4 @@ if __name__ == "__main__":
     table = read("pd.csv")
     headline(table)
     ablations(table)
-    ladder(read("dmd2.csv"), "DMD2")
     gain_against_shift(table, read("shift.csv"), Path(__file__).parents[1] / "gain.png")
