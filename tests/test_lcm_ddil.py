@@ -278,6 +278,8 @@ ENDS = """
 --teacher_steps 32 | --teacher_steps 32: the solver's steps must divide 1000
 --rollout_steps 1 3 | --rollout_steps 1: leaves the solver grid; give 2 to 50 steps
 --ema_decay 1 | --ema_decay 1.0: the target would never move
+--p_forward .5 .5 --p_teacher .1 .1 .1 | give one value, or one for each part
+--p_forward .5 --p_teacher .2 --p_student .2 | must be >= 0 and sum to 1 in each part
 --forward_control --p_forward 1 | --forward_control: with --p_forward [1.0] there are no rollouts
 --lora_rank 2 | --guidance_range (2.0, 5.0): a LoRA has no input for w
 --lora_rank 2 --guidance_range 3 3 --ema_decay .5 | --ema_decay 0.5: a LoRA's target is the student itself

@@ -469,6 +469,8 @@ BAD = """
 --teacher lcm                     | predicts epsilon and has a w embedding
 --teacher zero_snr                | predicts epsilon and has zero terminal SNR
 --teacher truncated               | cannot be loaded
+--teacher inpainting              | its UNet is for inpainting or images, not for text alone
+--teacher image_to_image          | StableDiffusionImg2ImgPipeline is not supported
 --data no/such/folder             | --data no/such/folder: no such file or folder
 --data no_images                  | has no images
 --recipe sd21                     | argument --recipe: invalid choice: 'sd21'
@@ -486,6 +488,7 @@ BAD = """
 --guidance_range -1 2             | argument --guidance_range: -1: must be >= 0 and finite
 --guidance_range 6 2              | --guidance_range [6.0, 2.0]: must be LO HI
 --updates 8=1,2,3                 | argument --updates: 8=1,2,3: must read PHASE=U or PHASE=U,U
+--resolution 16 16 16             | --resolution [16, 16, 16]: must be one number, or height and width
 --batch_size 3                    | --global_batch_size 4: must be a multiple of --batch_size 3
 --image_column picture            | --image_column picture: --data
 --resume                          | --resume: FOLDER holds no run
@@ -498,12 +501,14 @@ def make_bad(name: str, folder) -> None:
     if name == "no_images":
         folder.mkdir()
         return (folder / "train.jsonl").write_text('{"caption": "a"}\n' * 20)
-    save_teacher(folder, **{"time_cond_proj_dim": 256} if name == "lcm" else {})
+    save_teacher(folder, **{"lcm": {"time_cond_proj_dim": 256}, "inpainting": {"in_channels": 9}}.get(name, {}))
     if name == "flow_matching":
         FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
         change_json(folder / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
     elif name == "zero_snr":
         change_json(folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    elif name == "image_to_image":
+        change_json(folder / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline")
     elif name == "truncated":
         os.truncate(folder / "unet" / "diffusion_pytorch_model.safetensors", 1000)
 
