@@ -247,7 +247,7 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     for j, (t, s) in enumerate(pairwise(student_grid)):  # Alg. 2 line 2
         path = teacher_grid[teacher_grid.index(t) : teacher_grid.index(s) + 1]  # t -> m -> s, Alg. 3 line 7
         stop = query is not None and j >= max(query, default=0)
-        # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition; drawn on the CPU, so that the host need not wait
+        # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition; with a generator on the CPU no wait
         student_moves = torch.rand(len(z), generator=generator, device=generator.device) < rates[:, j]
         asks_all = query is not None and j in query
         asked, moved = (to_device(rows_of(m, multiple), z.device) for m in (asks_all | ~student_moves, student_moves))
@@ -559,6 +559,11 @@ def image_shape(pipe) -> tuple[int, int]:
     """Height and width of images in pixels."""
     _, height, width = latent_shape(pipe)
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+
+
+def images_at_once(shape: Sequence[int]) -> int:
+    """How many images of this height and width a VAE takes: its activations are GiB at 512 pixels."""
+    return max(1, 2**20 // math.prod(shape))
 
 
 class PromptEncoder:
@@ -1029,12 +1034,13 @@ class LatentData:
             self.look_ahead(1, start=need_images)
             _, row, draw, decoding = self.ahead.popleft()
             if need_images:
-                samples += self.usable([decoding.result()])
-                continue
-            if decoding:
-                decoding.cancel()
-            row = {name: value for name, value in row.items() if name != "image"}
-            samples += self.usable([decode(row, self.shape, draw)])
+                decoded = decoding.result()
+            else:
+                if decoding:
+                    decoding.cancel()
+                without = {name: value for name, value in row.items() if name != "image"}
+                decoded = decode(without, self.shape, draw)
+            samples += self.usable([decoded])
         return samples
 
     def look_ahead(self, n: int, start: bool = True) -> None:
@@ -1084,8 +1090,8 @@ class LatentData:
         corners = (scaled.long() - target) // 2  # of the crop, in the image as it is scaled
         sizes = torch.cat([original, corners, target.expand_as(original)], dim=1)
         pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples]))  # [B, H, W, 3] uint8
-        moments, at_once = [], max(1, min(16, 2**20 // math.prod(self.shape)))  # its activations are large: GiB at 512
-        for part in pixels.permute(0, 3, 1, 2).split(at_once):
+        moments = []
+        for part in pixels.permute(0, 3, 1, 2).split(min(16, images_at_once(self.shape))):
             posterior = self.vae.encode(to_device(part, self.prompts.device) / 127.5 - 1).latent_dist
             moments.append(torch.stack([posterior.mean, posterior.std], dim=1))
         return torch.cat(moments), self.prompts.tokenize([sample["caption"] for sample in samples], sizes)
@@ -1510,10 +1516,9 @@ class Metrics:
         values = torch.as_tensor(values, dtype=torch.float32, device=self.totals.device).flatten()
         self.totals[:, self.columns.index(column)] += torch.stack([values.sum(), torch.ones_like(values).sum()])
 
-    def add_by(self, columns: Sequence[str], index: Tensor, values: Tensor) -> None:
-        """values [B] into columns[index], index [B]."""
-        place = to_device(torch.tensor([self.columns.index(c) for c in columns]), index.device)[index]
-        self.totals.index_add_(1, place, torch.stack([values, torch.ones_like(values)]))
+    def add_by(self, places: Tensor, values: Tensor) -> None:
+        """values [B] into the columns at these places [B]."""
+        self.totals.index_add_(1, places, torch.stack([values, torch.ones_like(values)]))
 
     def flush(self, accelerator, **labels) -> dict[str, float]:
         """Append one row to the file; returns the means of the columns that have any."""
@@ -1569,12 +1574,12 @@ def save_sheet(path: Path, rows: dict[str, list], label_width: int = 110) -> Non
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGHUP and Ctrl-C into `asked`, which the loop reads once an update, the same on all ranks. Another one after
-    five seconds stops at once (launchers may pass the first one on twice)."""
+    """Turns SIGTERM, SIGHUP and Ctrl-C into `asked`, which the loop reads once an update, the same on all ranks.
+    Another one after five seconds stops at once (launchers may pass the first one on twice)."""
 
     def __init__(self):
         self.since = math.inf
-        # launchers pass a closed terminal's SIGHUP on, `nohup` or not; a script that `nohup` itself has started ignores it
+        # launchers pass a closed terminal's SIGHUP on, `nohup` or not; what `nohup` itself has started ignores it
         hangs_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
         for number in (signal.SIGTERM, signal.SIGINT, *hangs_up):
             signal.signal(number, self.ask)
@@ -1681,7 +1686,8 @@ class Run:
         self.null = self.prompts.null()
         self.metrics = Metrics(self.out / "metrics.csv", labels, columns, device)
         bins = sorted(int(c.removeprefix("loss_t")) for c in columns if c.removeprefix("loss_t").isdigit())
-        self.t_columns, self.t_bins = [f"loss_t{t}" for t in bins], torch.tensor(bins, device=device)
+        self.t_bins = torch.tensor(bins, device=device)
+        self.t_places = torch.tensor([columns.index(f"loss_t{t}") for t in bins], device=device)  # their columns
         self.labels, self.stop, self.stopping, self.leaving, self.drawn = {}, StopRequest(), 0.0, False, None
         self.unread = []  # (name, value) of losses and norms on the device, to be judged
         self.progress = {"phase": 0, "loop": None, "update": 0, "total": 0, "forwards": 0.0, "rows": 0}
@@ -1940,7 +1946,7 @@ class Run:
             losses = losses.detach()
             self.note({"loss": losses, f"loss_{source}": losses, "t_mean": t})
             bins = torch.bucketize(t, self.t_bins)  # of t in (the bin before, bin]
-            self.metrics.add_by(self.t_columns, bins, losses)
+            self.metrics.add_by(self.t_places[bins], losses)
 
     def watch(self, name: str, value: Tensor) -> None:
         """A value of this update that must be finite; it stays on the device until it is judged."""

@@ -56,8 +56,8 @@ from tqdm import tqdm
 from common import CLEAN, add_noise, rotation, timestep_grid
 from common import mixed_rollout, student_rollout, teacher_rollout
 from common import PromptEncoder, UNetModel, dpm_solver, find_pipeline, latent_shape, load_pipeline, load_schedule
-from common import open_pipeline, with_guidance
-from common import LatentData, image_shape, open_image, open_rows
+from common import image_shape, images_at_once, open_pipeline, with_guidance
+from common import LatentData, open_image, open_rows
 from common import (
     config_of,
     fingerprint,
@@ -964,8 +964,7 @@ class Pair:
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1]."""
         latents = (z / self.pipe.vae.config.scaling_factor).to(self.pipe.vae.dtype)
-        # a batch of large decodes does not fit
-        parts = latents.split(max(1, 2**20 // math.prod(image_shape(self.pipe))))
+        parts = latents.split(images_at_once(image_shape(self.pipe)))
         return (torch.cat([self.pipe.vae.decode(part, return_dict=False)[0] for part in parts]) / 2 + 0.5).clamp(0, 1)
 
     def disagreement(self, z_t: Tensor, j: int, cond: dict) -> Tensor:

@@ -364,7 +364,7 @@ def check_args(args) -> None:
 
 
 def open_phase(run: Run, phase: Phase, folder: Path) -> tuple[Model, Model, torch.nn.Module]:
-    """(teacher, the same with what `reflect` moves noted, student's UNet) of a phase that distils the pipeline in `folder`."""
+    """(teacher, the same noting what `reflect` moves, student's UNet) of a phase that distils what is in `folder`."""
     pipe = load_pipeline(str(folder), resolution=run.args.resolution)
     student = with_w_embedding(pipe.unet) if phase.name == "gc" else copy.deepcopy(pipe.unet)  # Alg. 3 line 2
     network = run.model(run.frozen(pipe.unet), pipe.scheduler.config.prediction_type)

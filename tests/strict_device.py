@@ -130,14 +130,13 @@ def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def makes_host_wait(function, args, kwargs) -> bool:
-    """item(), tolist(), bool(); what has as many rows as a mask on the device has ones; a copy to the CPU, and one from it
-    unless it is out of pinned memory and need not be waited for."""
+    """item(), tolist(), bool(); what has as many rows as a mask on the device has ones; a copy to the CPU, and one from
+    it unless it is out of pinned memory and need not be waited for."""
     if function in (aten._to_copy.default, aten.copy_.default):
-        source = args[-1] if function is aten._to_copy.default else args[1]
-        goes = is_on_strict(args[0]) if function is aten.copy_.default else is_strict(kwargs.get("device"))
+        source = args[1] if function is aten.copy_.default else args[0]
+        arrives = is_strict(kwargs["device"]) if kwargs.get("device") else is_on_strict(args[0])
         is_free = getattr(source, "is_in_pinned_memory", False) and kwargs.get("non_blocking", False)
-        stays = kwargs.get("device") is None and function is aten._to_copy.default
-        return not stays and goes != is_on_strict(source) and not is_free
+        return arrives != is_on_strict(source) and not is_free
     is_mask = function in INDEXING and any(a.dtype == torch.bool for a in tree_leaves(args[1]) if is_on_strict(a))
     return function in (aten._local_scalar_dense.default, aten.nonzero.default) or is_mask
 

@@ -167,8 +167,8 @@ def test_stored_states(case, tmp_path, gc_folder, data_folder):
 
 @pytest.mark.parametrize(("reuse", "capacity"), [(0.5, 1000), (2.0, 1000), (3.0, 1000), (2.0, 21)])
 def test_a_state_is_used_reuse_times(reuse, capacity, tmp_path, gc_folder, data_folder):
-    """States collected, as far as they fit in, x R exceed those used by less than a rollout, when alone networks are asked;
-    also after a resume."""
+    """States collected, as far as they fit in, x R exceed those used by less than a rollout, when alone networks are
+    asked; also after a resume."""
     run = open_run(pd_ddil, f"{paths(tmp_path, gc_folder, data_folder)} {FLAGS} --reuse {reuse}")
     dagger, calls, seen, timesteps = DAgger(capacity, "cpu"), [], (set(), set()), timestep_grid(8)
     models = [lambda *inputs, model=model: calls.append(model) or model(*inputs) for model in (TEACHER, STUDENT)]

@@ -407,7 +407,7 @@ def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monke
 
 @pytest.mark.parametrize("script, ranks", [*product(FLAGS, [1]), ("lcm_ddil --streaming", 1), *product(SHORT, [2])])
 def test_interrupted_run_is_the_same_run(script, ranks, finished, tmp_path, teacher_folder, data):
-    """kill -9 while a checkpoint is written, between two updates, at the end of a phase; SIGTERM and SIGHUP save and leave."""
+    """kill -9 while a checkpoint is written, between two updates, at the end of a phase; SIGTERM, SIGHUP save."""
     folder, log, name = tmp_path / "run", tmp_path / "log", script.split()[0]
     chance, results = random.Random(f"{script} {ranks}"), "/stages/" if name == "pd_ddil" else "/pipeline"
     kill, rows = signal.SIGKILL, chance.randint(2, 3)

@@ -14,6 +14,11 @@ from scipy.stats import spearmanr, ttest_rel  # lpips brings it
 
 ARMS = ("PD", "PD + control", "PD + DDIL")  # of the chain
 SCORES = ("FD (tiny)", "alignment", "diversity (tiny)")
+MEASURES = {  # of shift.csv
+    "FD, student": "distance of visited to forward-diffused latents",
+    "disagreement, visited / forward": "disagreement on visited to forward-diffused latents",
+}
+COLOURS = {16: "C0", 8: "C1", 4: "C2", 2: "C3"}  # of numbers of steps
 
 
 def by_seed(rows: list[dict], label: str, steps: int, column: str) -> dict[str, float]:
@@ -79,8 +84,8 @@ def ablations(rows: list[dict]) -> None:
 
 
 def shifts_of(rows: list[dict]) -> dict[tuple[str, int], dict[str, list[float]]]:
-    """Of plain PD's students beside their own teachers, for each setting and number of steps: measures of the shift, each
-    a value for every seed and timestep below 999."""
+    """Of plain PD's students beside their own teachers, for each setting and number of steps: measures of the shift,
+    each a value for every seed and timestep below 999."""
     found = defaultdict(lambda: defaultdict(list))
     for row in rows:
         student, _, setting = row["label"].partition(", to its own teacher; ")
@@ -90,38 +95,31 @@ def shifts_of(rows: list[dict]) -> dict[tuple[str, int], dict[str, list[float]]]
     return found
 
 
-MEASURES = {  # of shift.csv
-    "FD, student": "distance of visited to forward-diffused latents",
-    "disagreement, visited / forward": "disagreement on visited to forward-diffused latents",
-}
-
-
 def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> None:
-    """A point for each setting and number of steps: what DDIL changes in the stage's error, against the measured shift."""
-    found, points = shifts_of(shifts), []
+    """A point for each setting and number of steps: what DDIL changes in the stage's error, over the measured shift."""
+    found, points, markers = shifts_of(shifts), [], {}
     settings = dict.fromkeys(row["label"].partition("; ")[2] for row in rows if row["label"].startswith("PD;"))
     for setting in settings:
-        of_chain = "chain" if " alone, each" in setting else setting  # its PD arm is that of the chain
+        is_alone = " alone, each" in setting  # its PD arm is that of the chain
         for steps in (16, 8, 4, 2):
             plain, other = (by_seed(rows, f"{arm}; {setting}", steps, "stage_error") for arm in ("PD", "PD + DDIL"))
             changes = [100 * (b / a - 1) for a, b in pairs(plain, other)]
-            if changes and (of_chain, steps) in found:
-                points.append((setting, steps, found[of_chain, steps], mean(changes), stdev(changes) / len(changes) ** 0.5))
+            if shift := found.get(("chain" if is_alone else setting, steps)) if changes else None:
+                marker = markers.setdefault("one stage alone" if is_alone else setting, "osD^vPX"[len(markers)])
+                style = {"marker": marker, "color": COLOURS[steps], "yerr": stdev(changes) / len(changes) ** 0.5}
+                points.append(({name: mean(values) for name, values in shift.items()}, mean(changes), style))
     _, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    names = dict.fromkeys("one stage alone" if " alone" in point[0] else point[0] for point in points)
     for ax, (measure, title) in zip(axes, MEASURES.items()):
-        for setting, steps, shift, change, error in points:
-            marker = "osD^vPX"[[*names].index("one stage alone" if " alone" in setting else setting)]
-            style = {"marker": marker, "color": f"C{(16, 8, 4, 2).index(steps)}", "capsize": 2}
-            ax.errorbar(mean(shift[measure]), change, error, **style)
-        rho = spearmanr([mean(shift[measure]) for _, _, shift, _, _ in points], [change for *_, change, _ in points])
+        for shift, change, style in points:
+            ax.errorbar(shift[measure], change, capsize=2, **style)
+        rho = spearmanr([shift[measure] for shift, _, _ in points], [change for _, change, _ in points])
         ax.set_xlabel(f"{title}\nrank correlation {rho.statistic:.2f}, p = {rho.pvalue:.2g}")
         ax.axhline(0, color="grey", linewidth=0.8)
     axes[0].set_ylabel("stage error, PD + DDIL to PD [%]")
-    for i, steps in enumerate((16, 8, 4, 2)):
-        axes[1].plot([], [], "s", color=f"C{i}", label=f"{steps} steps")
-    for i, name in enumerate(names):
-        axes[1].plot([], [], "osD^vPX"[i], color="grey", label=name)
+    for steps, colour in COLOURS.items():
+        axes[1].plot([], [], "s", color=colour, label=f"{steps} steps")
+    for name, marker in markers.items():
+        axes[1].plot([], [], marker, color="grey", label=name)
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     plt.savefig(picture, dpi=110, bbox_inches="tight")
 
