@@ -1,6 +1,6 @@
 """Tables of README and of assets/results/README.md from the CSV files beside this one, and gain.png.
 
-pd.csv: a row for each run and number of steps; shift.csv: `evaluate.py --shift gap`, a row for each timestep.
+pd.csv, lcm.csv, dmd2.csv: a row for each run and number of steps; shift.csv: for each timestep.
 `python assets/results/make.py` prints the tables. To compare runs of your own, add their rows.
 """
 
@@ -27,10 +27,11 @@ def by_seed(rows: list[dict], label: str, steps: int, column: str) -> dict[str, 
 
 def shown(values: list[float], percent: bool = False) -> str:
     """Mean ± standard error."""
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
-    if percent:
-        return f"{100 * mean(values):.1f} ± {100 * error:.1f} %"
-    return f"{mean(values):.4f} ± {error:.4f}".replace("0.", ".")
+    factor, digits = (100, 1) if percent else (1, 4)
+    text = f"{factor * mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {factor * stdev(values) / len(values) ** 0.5:.{digits}f}"
+    return f"{text} %" if percent else text.replace("0.", ".")
 
 
 def pairs(plain: dict[str, float], other: dict[str, float]) -> list[tuple[float, float]]:
@@ -124,6 +125,34 @@ def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> N
     plt.savefig(picture, dpi=110, bbox_inches="tight")
 
 
+def ladder(rows: list[dict], plain: str) -> None:
+    """Of LCM or DMD2: every arm at 4 steps beside the plain method, and its UNet forwards."""
+    header = ["4 steps", "seeds", *SCORES, f"FD to {plain}", "p", "forwards"]
+    print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
+    at_four = lambda arm, column: by_seed(rows, arm, 4, column)
+    for arm in dict.fromkeys(row["label"] for row in rows):
+        cells = [shown([*at_four(arm, score).values()]) for score in SCORES]
+        cells = [arm, str(len(at_four(arm, SCORES[0]))), *cells, "", "", ""]
+        if arm != plain and (forwards := at_four(arm, "unet_forwards")):
+            fd, of_plain = at_four(arm, SCORES[0]), at_four(plain, SCORES[0])
+            times = mean(forwards.values()) / mean(at_four(plain, "unet_forwards").values())
+            cells[-3:] = change(of_plain, fd), p_value(of_plain, fd), f"{times:.2f}"
+        print(f"| {' | '.join(cells)} |")
+
+
+def by_steps(rows: list[dict]) -> None:
+    """FD and alignment of models that sample in any number of steps: means over the seeds that have them all."""
+    steps = sorted({int(row["steps"]) for row in rows})
+    print(f"\n| FD (tiny), alignment | seeds | {' | '.join(map(str, steps))} |\n|---|---{'|---' * len(steps)}|")
+    for arm in dict.fromkeys(row["label"] for row in rows):
+        scores = {k: [by_seed(rows, arm, k, score) for score in SCORES[:2]] for k in steps}
+        seeds = set.intersection(*(set(fd) for fd, _ in scores.values() if fd))
+        cells = [arm, str(len(seeds))]
+        for fd, right in ([[of[seed] for seed in seeds if seed in of] for of in pair] for pair in scores.values()):
+            cells.append(f"{shown(fd)}, {100 * mean(right):.1f} %" if fd else "")
+        print(f"| {' | '.join(cells)} |")
+
+
 def read(name: str) -> list[dict]:
     with (Path(__file__).parent / name).open(newline="") as file:
         return [*csv.DictReader(file)]
@@ -133,4 +162,7 @@ if __name__ == "__main__":
     table = read("pd.csv")
     headline(table)
     ablations(table)
+    for method in ("lcm", "dmd2"):
+        ladder(read(f"{method}.csv"), method.upper())
+    by_steps(read("lcm.csv"))
     gain_against_shift(table, read("shift.csv"), Path(__file__).parents[1] / "gain.png")
