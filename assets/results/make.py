@@ -40,7 +40,7 @@ def pairs(plain: dict[str, float], other: dict[str, float]) -> list[tuple[float,
 
 
 def change(plain: dict[str, float], other: dict[str, float]) -> str:
-    """Relative to plain PD, mean of each seed's."""
+    """Relative to the plain method, mean of each seed's."""
     return shown([b / a - 1 for a, b in pairs(plain, other)], percent=True)
 
 
@@ -129,14 +129,15 @@ def ladder(rows: list[dict], plain: str) -> None:
     """Of LCM or DMD2: every arm at 4 steps beside the plain method, and its UNet forwards."""
     header = ["4 steps", "seeds", *SCORES, f"FD to {plain}", "p", "forwards"]
     print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
-    at_four = lambda arm, column: by_seed(rows, arm, 4, column)
+    columns = (*SCORES, "unet_forwards")
+    of_plain = {column: by_seed(rows, plain, 4, column) for column in columns}
     for arm in dict.fromkeys(row["label"] for row in rows):
-        cells = [shown([*at_four(arm, score).values()]) for score in SCORES]
-        cells = [arm, str(len(at_four(arm, SCORES[0]))), *cells, "", "", ""]
-        if arm != plain and (forwards := at_four(arm, "unet_forwards")):
-            fd, of_plain = at_four(arm, SCORES[0]), at_four(plain, SCORES[0])
-            times = mean(forwards.values()) / mean(at_four(plain, "unet_forwards").values())
-            cells[-3:] = change(of_plain, fd), p_value(of_plain, fd), f"{times:.2f}"
+        found = {column: by_seed(rows, arm, 4, column) for column in columns}
+        fd, forwards = found[SCORES[0]], found["unet_forwards"]
+        cells = [arm, str(len(fd)), *(shown([*found[score].values()]) for score in SCORES), "", "", ""]
+        if arm != plain and forwards:
+            times = mean(forwards.values()) / mean(of_plain["unet_forwards"].values())
+            cells[-3:] = change(of_plain[SCORES[0]], fd), p_value(of_plain[SCORES[0]], fd), f"{times:.2f}"
         print(f"| {' | '.join(cells)} |")
 
 
