@@ -6,6 +6,7 @@ pd.csv, lcm.csv, dmd2.csv: a row for each run and number of steps; shift.csv: fo
 
 import csv
 from collections import defaultdict
+from math import log2
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -19,6 +20,20 @@ MEASURES = {  # of shift.csv
     "disagreement, visited / forward": "disagreement on visited to forward-diffused latents",
 }
 COLOURS = {16: "C0", 8: "C1", 4: "C2", 2: "C3"}  # of numbers of steps
+LINES = {  # of gain.png: arm, its settings, style
+    "control": ("PD + control", ["chain"], {"color": "grey", "linestyle": "--"}),
+    "PD + DDIL, w from 2 to 14": ("PD + DDIL", ["chain"], {"color": "C0", "linewidth": 3}),
+    "w from 2 to 10": ("PD + DDIL", ["chain, w from 2 to 10"], {"color": "C1"}),
+    "w from 1.5 to 6": ("PD + DDIL", ["chain, w from 1.5 to 6"], {"color": "C2"}),
+    "half the updates": ("PD + DDIL", ["chain, half the updates"], {"color": "C4"}),
+    "twice the updates": ("PD + DDIL", ["chain, twice the updates"], {"color": "C5"}),
+    "unreflected": ("PD + DDIL", ["chain, unreflected"], {"color": "C6"}),
+    "one stage alone": (
+        "PD + DDIL",
+        [f"{2 * k} -> {k} alone, each seed's own PD teacher" for k in (8, 4, 2)],
+        {"color": "black", "marker": "D", "linestyle": ""},
+    ),
+}
 
 
 def by_seed(rows: list[dict], label: str, steps: int, column: str) -> dict[str, float]:
@@ -39,9 +54,13 @@ def pairs(plain: dict[str, float], other: dict[str, float]) -> list[tuple[float,
     return [(plain[seed], other[seed]) for seed in plain if seed in other]
 
 
+def changes(plain: dict[str, float], other: dict[str, float]) -> list[float]:
+    """Relative to the plain method, each seed's."""
+    return [b / a - 1 for a, b in pairs(plain, other)]
+
+
 def change(plain: dict[str, float], other: dict[str, float]) -> str:
-    """Relative to the plain method, mean of each seed's."""
-    return shown([b / a - 1 for a, b in pairs(plain, other)], percent=True)
+    return shown(changes(plain, other), percent=True)
 
 
 def p_value(plain: dict[str, float], other: dict[str, float]) -> str:
@@ -96,6 +115,32 @@ def shifts_of(rows: list[dict]) -> dict[tuple[str, int], dict[str, list[float]]]
     return found
 
 
+def gain_of(rows: list[dict], setting: str, steps: int, column: str, arm="PD + DDIL") -> tuple[float, float] | None:
+    """Change of an error to plain PD's in percent: mean and standard error over seeds, if there are several."""
+    found = changes(*(by_seed(rows, f"{name}; {setting}", steps, column) for name in ("PD", arm)))
+    return (100 * mean(found), 100 * stdev(found) / len(found) ** 0.5) if len(found) > 1 else None
+
+
+def gain_by_steps(rows: list[dict], picture: Path) -> None:
+    """What DDIL changes, at each number of steps and in each setting."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    titles = {
+        "paired_error": "whole chain, against the 32-step model",
+        "stage_error": "each stage, against its own teacher",
+    }
+    for ax, (column, title) in zip(axes, titles.items()):
+        for place, (name, (arm, settings, style)) in enumerate(LINES.items()):
+            gains = [(k, gain) for k in COLOURS for s in settings if (gain := gain_of(rows, s, k, column, arm))]
+            if gains and not (column == "paired_error" and "alone" in name):
+                x = [log2(16 / k) + 0.05 * (place - len(LINES) / 2) for k, _ in gains]
+                ax.errorbar(x, *zip(*(gain for _, gain in gains)), label=name, capsize=2, **style)
+        ax.set(title=title, xticks=range(4), xticklabels=[f"{k} steps" for k in COLOURS])
+        ax.axhline(0, color="black", linewidth=0.8)
+    axes[0].set_ylabel("error, change to plain PD [%]")
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
+
+
 def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> None:
     """A point for each setting and number of steps: what DDIL changes in the stage's error, over the measured shift."""
     found, points, markers = shifts_of(shifts), [], {}
@@ -103,13 +148,12 @@ def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> N
     for setting in settings:
         is_alone = " alone, each" in setting  # its PD arm is that of the chain
         for steps in (16, 8, 4, 2):
-            plain, other = (by_seed(rows, f"{arm}; {setting}", steps, "stage_error") for arm in ("PD", "PD + DDIL"))
-            changes = [100 * (b / a - 1) for a, b in pairs(plain, other)]
-            if shift := found.get(("chain" if is_alone else setting, steps)) if changes else None:
+            gain = gain_of(rows, setting, steps, "stage_error")
+            if shift := found.get(("chain" if is_alone else setting, steps)) if gain else None:
                 marker = markers.setdefault("one stage alone" if is_alone else setting, "osD^vPX"[len(markers)])
-                style = {"marker": marker, "color": COLOURS[steps], "yerr": stdev(changes) / len(changes) ** 0.5}
-                points.append(({name: mean(values) for name, values in shift.items()}, mean(changes), style))
-    _, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+                style = {"marker": marker, "color": COLOURS[steps], "yerr": gain[1]}
+                points.append(({name: mean(values) for name, values in shift.items()}, gain[0], style))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for ax, (measure, title) in zip(axes, MEASURES.items()):
         for shift, change, style in points:
             ax.errorbar(shift[measure], change, capsize=2, **style)
@@ -122,7 +166,7 @@ def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> N
     for name, marker in markers.items():
         axes[1].plot([], [], marker, color="grey", label=name)
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    plt.savefig(picture, dpi=110, bbox_inches="tight")
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
 
 
 def ladder(rows: list[dict], plain: str) -> None:
@@ -166,4 +210,6 @@ if __name__ == "__main__":
     for method in ("lcm", "dmd2"):
         ladder(read(f"{method}.csv"), method.upper())
     by_steps(read("lcm.csv"))
-    gain_against_shift(table, read("shift.csv"), Path(__file__).parents[1] / "gain.png")
+    pictures = Path(__file__).parents[1]
+    gain_by_steps(table, pictures / "gain.png")
+    gain_against_shift(table, read("shift.csv"), pictures / "gain_against_shift.png")
