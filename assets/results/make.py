@@ -6,6 +6,7 @@ pd.csv, lcm.csv, dmd2.csv: a row for each run and number of steps; shift.csv: fo
 
 import csv
 from collections import defaultdict
+from itertools import product
 from math import log2
 from pathlib import Path
 from statistics import mean, stdev
@@ -84,6 +85,17 @@ def headline(rows: list[dict]) -> None:
             arms = [by_seed(rows, f"{arm}; chain", steps, column) for arm in ARMS]
             cells = [shown([*arm.values()]) for arm in arms]
             print(f"| {column} | {steps} | {' | '.join(cells)} | {p_value(arms[0], arms[2])} |")
+
+
+def by_updates(rows: list[dict]) -> None:
+    """The chain's error with half, all and twice the recipe's updates, over the seeds that have all three."""
+    updates = {"half": "chain, half the updates", "the recipe's": "chain", "twice": "chain, twice the updates"}
+    print(f"\n| updates | steps | seeds | {' | '.join(updates)} |\n|---|---|---|{'---|' * len(updates)}")
+    for steps, arm in product((16, 8, 4), ("PD", "PD + DDIL")):
+        found = [by_seed(rows, f"{arm}; {setting}", steps, "paired_error") for setting in updates.values()]
+        seeds = set.intersection(*map(set, found))
+        cells = [shown([errors[seed] for seed in seeds]) for errors in found]
+        print(f"| {arm} | {steps} | {len(seeds)} | {' | '.join(cells)} |")
 
 
 def ablations(rows: list[dict]) -> None:
@@ -185,6 +197,21 @@ def ladder(rows: list[dict], plain: str) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
+def by_batch(rows: list[dict]) -> None:
+    """DMD2 with and without reflection at each global batch, of the seeds that have both; of x_g_std the largest."""
+    arms, columns = ("DMD2", "DMD2 + Reflected"), (*SCORES[:2], "x_g_std")
+    header = ["global batch", "seeds", *(f"{column}: {arm}" for column in columns for arm in arms)]
+    header.insert(4, "change")
+    print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
+    for batch in (4, 7, 16, 28, 64):
+        labels = [f"{arm}, global batch {batch}" if batch != 7 else arm for arm in arms]
+        found = [pairs(*(by_seed(rows, label, 4, column) for label in labels)) for column in columns]
+        fd, alignment, spread = ([[*values] for values in zip(*of_seeds)] for of_seeds in found)
+        cells = [batch, len(found[0]), *map(shown, fd), shown([b / a - 1 for a, b in found[0]], percent=True)]
+        cells += [*map(shown, alignment), *(f"{max(values):.2f}" for values in spread)]
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
 def by_steps(rows: list[dict]) -> None:
     """FD and alignment of models that sample in any number of steps: means over the seeds that have them all."""
     steps = sorted({int(row["steps"]) for row in rows})
@@ -206,10 +233,13 @@ def read(name: str) -> list[dict]:
 if __name__ == "__main__":
     table = read("pd.csv")
     headline(table)
+    by_updates(table)
     ablations(table)
-    for method in ("lcm", "dmd2"):
-        ladder(read(f"{method}.csv"), method.upper())
-    by_steps(read("lcm.csv"))
+    lcm, dmd2 = read("lcm.csv"), read("dmd2.csv")
+    ladder(lcm, "LCM")
+    by_steps(lcm)
+    ladder([row for row in dmd2 if "batch" not in row["label"] or row["label"] == "DMD2, global batch 28"], "DMD2")
+    by_batch(dmd2)
     pictures = Path(__file__).parents[1]
     gain_by_steps(table, pictures / "gain.png")
     gain_against_shift(table, read("shift.csv"), pictures / "gain_against_shift.png")
