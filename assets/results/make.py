@@ -70,7 +70,9 @@ def p_value(plain: dict[str, float], other: dict[str, float]) -> str:
 
 
 def headline(rows: list[dict]) -> None:
-    print("| | steps | undistilled | PD | control | PD + DDIL | DDIL to PD | p |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| | steps | undistilled | PD | control | PD + DDIL | DDIL to PD | p (paired t-test) |\n|---|---|---|---|---|---|---|---|"
+    )
     for column, name in (("paired_error", "error"), ("stage_error", "stage error")):
         for steps in (16, 8, 4, 2):
             arms = [by_seed(rows, f"{arm}; chain", steps, column) for arm in ARMS]
