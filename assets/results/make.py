@@ -160,7 +160,7 @@ def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> N
     found, points, markers = shifts_of(shifts), [], {}
     settings = dict.fromkeys(row["label"].partition("; ")[2] for row in rows if row["label"].startswith("PD;"))
     for setting in settings:
-        is_alone = " alone, each" in setting  # its PD arm is that of the chain
+        is_alone = setting.endswith("own PD teacher")  # its PD arm is that of the chain
         for steps in (16, 8, 4, 2):
             gain = gain_of(rows, setting, steps, "stage_error")
             if shift := found.get(("chain" if is_alone else setting, steps)) if gain else None:
