@@ -1,4 +1,4 @@
-"""Tables of README and of assets/results/README.md from the CSV files beside this one, and gain.png.
+"""Tables of README and of assets/results/README.md from the CSV files beside this one; gain.png, gain_against_shift.png.
 
 pd.csv, lcm.csv, dmd2.csv: a row for each run and number of steps; shift.csv: for each timestep.
 `python assets/results/make.py` prints the tables. To compare runs of your own, add their rows.
