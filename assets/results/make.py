@@ -1,4 +1,4 @@
-"""Tables of README and of assets/results/README.md from the CSV files beside this one; gain.png, gain_against_shift.png.
+"""Tables of README and of assets/results/README.md from the CSV files beside this one, and two pictures.
 
 pd.csv, lcm.csv, dmd2.csv: a row for each run and number of steps; shift.csv: for each timestep.
 `python assets/results/make.py` prints the tables. To compare runs of your own, add their rows.
@@ -70,9 +70,8 @@ def p_value(plain: dict[str, float], other: dict[str, float]) -> str:
 
 
 def headline(rows: list[dict]) -> None:
-    print(
-        "| | steps | undistilled | PD | control | PD + DDIL | DDIL to PD | p (paired t-test) |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| | steps | undistilled | PD | control | PD + DDIL | DDIL to PD | p (paired t-test) |")
+    print("|---|---|---|---|---|---|---|---|")
     for column, name in (("paired_error", "error"), ("stage_error", "stage error")):
         for steps in (16, 8, 4, 2):
             arms = [by_seed(rows, f"{arm}; chain", steps, column) for arm in ARMS]
