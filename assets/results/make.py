@@ -41,12 +41,16 @@ def by_seed(rows: list[dict], label: str, steps: int, column: str) -> dict[str, 
     return {r["seed"]: float(r[column]) for r in rows if (r["label"], r["steps"]) == (label, str(steps)) and r[column]}
 
 
+def standard_error(values: list[float]) -> float:
+    return stdev(values) / len(values) ** 0.5
+
+
 def shown(values: list[float], percent: bool = False) -> str:
     """Mean ± standard error."""
     factor, digits = (100, 1) if percent else (1, 4)
     text = f"{factor * mean(values):.{digits}f}"
     if len(values) > 1:
-        text += f" ± {factor * stdev(values) / len(values) ** 0.5:.{digits}f}"
+        text += f" ± {factor * standard_error(values):.{digits}f}"
     return f"{text} %" if percent else text.replace("0.", ".")
 
 
@@ -69,39 +73,45 @@ def p_value(plain: dict[str, float], other: dict[str, float]) -> str:
     return f"{ttest_rel(*zip(*found)).pvalue:.2g}" if len(found) > 2 else "-"
 
 
+def print_row(*cells) -> None:
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
+def print_header(*names: str) -> None:
+    print()
+    print_row(*names)
+    print("|---" * len(names) + "|")
+
+
 def headline(rows: list[dict]) -> None:
-    print("| | steps | undistilled | PD | control | PD + DDIL | DDIL to PD | p (paired t-test) |")
-    print("|---|---|---|---|---|---|---|---|")
+    print_header("", "steps", "undistilled", "PD", "control", "PD + DDIL", "DDIL to PD", "p (paired t-test)")
     for column, name in (("paired_error", "error"), ("stage_error", "stage error")):
         for steps in (16, 8, 4, 2):
             arms = [by_seed(rows, f"{arm}; chain", steps, column) for arm in ARMS]
             bare = [*by_seed(rows, "PD; chain", steps, "paired_error_undistilled").values()]
             cells = [shown([*arm.values()]) for arm in arms]
             first = f"{mean(bare):.3f}" if column == "paired_error" else ""
-            compared = f"{change(arms[0], arms[2])} | {p_value(arms[0], arms[2])}"
-            print(f"| {name} | {steps} | {first} | {' | '.join(cells)} | {compared} |")
-    print("\n| w = 8 | steps | PD | control | PD + DDIL | p |\n|---|---|---|---|---|---|")
+            print_row(name, steps, first, *cells, change(arms[0], arms[2]), p_value(arms[0], arms[2]))
+    print_header("w = 8", "steps", "PD", "control", "PD + DDIL", "p")
     for column in SCORES:
         for steps in (8, 4, 2):
             arms = [by_seed(rows, f"{arm}; chain", steps, column) for arm in ARMS]
             cells = [shown([*arm.values()]) for arm in arms]
-            print(f"| {column} | {steps} | {' | '.join(cells)} | {p_value(arms[0], arms[2])} |")
+            print_row(column, steps, *cells, p_value(arms[0], arms[2]))
 
 
 def by_updates(rows: list[dict]) -> None:
     """The chain's error with half, all and twice the recipe's updates, over the seeds that have all three."""
     updates = {"half": "chain, half the updates", "the recipe's": "chain", "twice": "chain, twice the updates"}
-    print(f"\n| updates | steps | seeds | {' | '.join(updates)} |\n|---|---|---|{'---|' * len(updates)}")
+    print_header("updates", "steps", "seeds", *updates)
     for steps, arm in product((16, 8, 4), ("PD", "PD + DDIL")):
         found = [by_seed(rows, f"{arm}; {setting}", steps, "paired_error") for setting in updates.values()]
         seeds = set.intersection(*map(set, found))
-        cells = [shown([errors[seed] for seed in seeds]) for errors in found]
-        print(f"| {arm} | {steps} | {len(seeds)} | {' | '.join(cells)} |")
+        print_row(arm, steps, len(seeds), *(shown([errors[seed] for seed in seeds]) for errors in found))
 
 
 def ablations(rows: list[dict]) -> None:
-    print("\n| setting | steps | seeds | PD | arm | stage error | to PD | error of the chain to PD |")
-    print("|---|---|---|---|---|---|---|---|")
+    print_header("setting", "steps", "seeds", "PD", "arm", "stage error", "to PD", "error of the chain to PD")
     of_seeds = [(*r["label"].partition("; ")[::2], int(r["steps"])) for r in rows if r["stage_error"]]
     arms = dict.fromkeys(arm for arm, _, _ in of_seeds if arm != "PD")
     for setting, steps in dict.fromkeys(found[1:] for found in of_seeds):
@@ -112,8 +122,7 @@ def ablations(rows: list[dict]) -> None:
             )
             if found := pairs(*stage):
                 plain, other = map(shown, zip(*found))
-                cells = [plain, arm, other, change(*stage), change(*whole)]
-                print(f"| {setting} | {steps} | {len(found)} | {' | '.join(cells)} |")
+                print_row(setting, steps, len(found), plain, arm, other, change(*stage), change(*whole))
 
 
 def shifts_of(rows: list[dict]) -> dict[tuple[str, int], dict[str, list[float]]]:
@@ -131,7 +140,7 @@ def shifts_of(rows: list[dict]) -> dict[tuple[str, int], dict[str, list[float]]]
 def gain_of(rows: list[dict], setting: str, steps: int, column: str, arm="PD + DDIL") -> tuple[float, float] | None:
     """Change of an error to plain PD's in percent: mean and standard error over seeds, if there are several."""
     found = changes(*(by_seed(rows, f"{name}; {setting}", steps, column) for name in ("PD", arm)))
-    return (100 * mean(found), 100 * stdev(found) / len(found) ** 0.5) if len(found) > 1 else None
+    return (100 * mean(found), 100 * standard_error(found)) if len(found) > 1 else None
 
 
 def gain_by_steps(rows: list[dict], picture: Path) -> None:
@@ -168,9 +177,9 @@ def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> N
                 points.append(({name: mean(values) for name, values in shift.items()}, gain[0], style))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for ax, (measure, title) in zip(axes, MEASURES.items()):
-        for shift, change, style in points:
-            ax.errorbar(shift[measure], change, capsize=2, **style)
-        rho = spearmanr([shift[measure] for shift, _, _ in points], [change for _, change, _ in points])
+        for shift, gain, style in points:
+            ax.errorbar(shift[measure], gain, capsize=2, **style)
+        rho = spearmanr([shift[measure] for shift, _, _ in points], [gain for _, gain, _ in points])
         ax.set_xlabel(f"{title}\nrank correlation {rho.statistic:.2f}")
         ax.axhline(0, color="grey", linewidth=0.8)
     axes[0].set_ylabel("stage error, PD + DDIL to PD [%]")
@@ -184,46 +193,43 @@ def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> N
 
 def ladder(rows: list[dict], plain: str) -> None:
     """Of LCM or DMD2: every arm at 4 steps beside the plain method, and its UNet forwards."""
-    header = ["4 steps", "seeds", *SCORES, f"FD to {plain}", "p", "forwards"]
-    print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
+    print_header("4 steps", "seeds", *SCORES, f"FD to {plain}", "p", "forwards")
     columns = (*SCORES, "unet_forwards")
     of_plain = {column: by_seed(rows, plain, 4, column) for column in columns}
     for arm in dict.fromkeys(row["label"] for row in rows):
         found = {column: by_seed(rows, arm, 4, column) for column in columns}
         fd, forwards = found[SCORES[0]], found["unet_forwards"]
-        cells = [arm, str(len(fd)), *(shown([*found[score].values()]) for score in SCORES), "", "", ""]
+        cells = [arm, len(fd), *(shown([*found[score].values()]) for score in SCORES), "", "", ""]
         if arm != plain and forwards:
             times = mean(forwards.values()) / mean(of_plain["unet_forwards"].values())
             cells[-3:] = change(of_plain[SCORES[0]], fd), p_value(of_plain[SCORES[0]], fd), f"{times:.2f}"
-        print(f"| {' | '.join(cells)} |")
+        print_row(*cells)
 
 
 def by_batch(rows: list[dict]) -> None:
     """DMD2 with and without reflection at each global batch, of the seeds that have both; of x_g_std the largest."""
     arms, columns = ("DMD2", "DMD2 + Reflected"), (*SCORES[:2], "x_g_std")
-    header = ["global batch", "seeds", *(f"{column}: {arm}" for column in columns for arm in arms)]
-    header.insert(4, "change")
-    print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
+    fd, alignment, spread = ([f"{column}: {arm}" for arm in arms] for column in columns)
+    print_header("global batch", "seeds", *fd, "change", *alignment, *spread)
     for batch in (4, 7, 16, 28, 64):
         labels = [f"{arm}, global batch {batch}" if batch != 7 else arm for arm in arms]
-        found = [pairs(*(by_seed(rows, label, 4, column) for label in labels)) for column in columns]
-        fd, alignment, spread = ([[*values] for values in zip(*of_seeds)] for of_seeds in found)
-        cells = [batch, len(found[0]), *map(shown, fd), shown([b / a - 1 for a, b in found[0]], percent=True)]
-        cells += [*map(shown, alignment), *(f"{max(values):.2f}" for values in spread)]
-        print(f"| {' | '.join(map(str, cells))} |")
+        found = [[by_seed(rows, label, 4, column) for label in labels] for column in columns]
+        fd, alignment, spread = (zip(*pairs(*both)) for both in found)
+        cells = [*map(shown, fd), change(*found[0]), *map(shown, alignment), *(f"{max(of):.2f}" for of in spread)]
+        print_row(batch, len(pairs(*found[0])), *cells)
 
 
 def by_steps(rows: list[dict]) -> None:
     """FD and alignment of models that sample in any number of steps: means over the seeds that have them all."""
     steps = sorted({int(row["steps"]) for row in rows})
-    print(f"\n| FD (tiny), alignment | seeds | {' | '.join(map(str, steps))} |\n|---|---{'|---' * len(steps)}|")
+    print_header("FD (tiny), alignment", "seeds", *steps)
     for arm in dict.fromkeys(row["label"] for row in rows):
         scores = {k: [by_seed(rows, arm, k, score) for score in SCORES[:2]] for k in steps}
         seeds = set.intersection(*(set(fd) for fd, _ in scores.values() if fd))
-        cells = [arm, str(len(seeds))]
+        cells = [arm, len(seeds)]
         for fd, right in ([[of[seed] for seed in seeds if seed in of] for of in pair] for pair in scores.values()):
             cells.append(f"{shown(fd)}, {100 * mean(right):.1f} %" if fd else "")
-        print(f"| {' | '.join(cells)} |")
+        print_row(*cells)
 
 
 def read(name: str) -> list[dict]:
