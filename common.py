@@ -10,6 +10,7 @@ Glossary. z_t = alpha_t x + sigma_t eps with alpha_t^2 + sigma_t^2 = 1; v = alph
 """
 
 import argparse
+import copy
 import csv
 import gc
 import hashlib
@@ -405,8 +406,8 @@ class UNetModel:
     def __init__(self, unet, schedule: NoiseSchedule, prediction_type: str, autocast: Callable):
         self.unet, self.schedule, self.prediction_type = unet, schedule, prediction_type
         self.config, self.dtype = getattr(unet, "module", unet).config, next(unet.parameters()).dtype
-        # a network in half precision needs none, which would cast its norms back and forth
-        self.autocast = autocast if self.dtype == torch.float32 else nullcontext
+        # a network all in half precision (so not a LoRA on one) needs none, which would cast its norms back and forth
+        self.autocast = autocast if any(p.dtype == torch.float32 for p in unet.parameters()) else nullcontext
         self.forwards = 0  # samples evaluated so far
 
     def run(self, z_t: Tensor, t: Tensor, cond: dict, **more) -> Tensor:
@@ -434,6 +435,55 @@ def with_guidance(model: Model, null: dict) -> Model:
         return combine_guidance(v_uncond, v_cond, cond["w"])
 
     return guided
+
+
+LORA_MODULES = [  # LCM-LoRA's: attention, feed-forward, residual layers; not conv_in, conv_out nor the time embedding
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+]
+
+
+def add_lora(unet, rank: int):
+    """The frozen UNet itself with a LoRA in fp32; its second factor starts at zero, so the output is the same at first."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    try:
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_MODULES))
+    except ValueError as error:
+        raise SystemExit(f"--lora_rank {rank}: this UNet has no layer that a LoRA can be added to ({error})")
+    for module in unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # that is autocast's work; an fp32 copy of each input would be kept
+    for parameter in unet.parameters():
+        if parameter.requires_grad:  # made in the base's precision
+            parameter.data = parameter.data.float()
+    return unet
+
+
+def without_lora(model: Model, unet) -> Model:
+    """The frozen model inside of a UNet that carries a LoRA; never called between a forward of the LoRA and its backward,
+    which computes checkpointed blocks again with whatever is switched on by then."""
+
+    @torch.no_grad()
+    def frozen(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        unet.disable_adapters()
+        try:
+            return model(z_t, t, cond)
+        finally:
+            unet.enable_adapters()
+
+    return frozen
+
+
+def save_lora(folder: Path, unet) -> None:
+    """The LoRA under the names, and with the alphas, that diffusers, ComfyUI and A1111 read."""
+    from diffusers.utils import convert_state_dict_to_kohya
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    layers = {f"unet.{name}": value.contiguous() for name, value in get_peft_model_state_dict(unet).items()}
+    save_file(convert_state_dict_to_kohya(layers), folder / "pytorch_lora_weights.safetensors")
 
 
 def find_pipeline(name: str, flag: str) -> str:
@@ -567,10 +617,12 @@ def images_at_once(shape: Sequence[int]) -> int:
 
 
 class PromptEncoder:
-    """Captions -> token ids [B, encoders, L] -> cond. Ids are small enough to be stored in D_DAgger (5.4)."""
+    """Captions -> token ids [B, encoders, L] -> cond, fp32. Ids are small enough to be stored in D_DAgger (5.4). In half
+    precision the encoders are copies: the pipeline's own are what is saved with a student."""
 
-    def __init__(self, pipe, device, memo: int = 1024):
-        self.encoders, self.device = [e.to(device) for e in text_encoders(pipe)], device
+    def __init__(self, pipe, device, memo: int = 1024, dtype: torch.dtype = torch.float32):
+        copies = text_encoders(pipe) if dtype == torch.float32 else map(copy.deepcopy, text_encoders(pipe))
+        self.encoders, self.device = [e.to(device, dtype) for e in copies], device
         self.tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
         self.xl = hasattr(pipe, "text_encoder_2")
         self.zero_null = pipe.config.get("force_zeros_for_empty_prompt", False)
@@ -1017,6 +1069,7 @@ class LatentData:
         is_stream = not hasattr(rows, "select")
         if cache and not is_stream:
             self.rows = make_cache(self, rank, n_ranks)
+            self.vae.to("cpu")  # is left for sample grids alone
         self.source = (StreamedRows if is_stream else ShuffledRows)(self.rows, batch_size, seed, rank, n_ranks)
 
     def position(self):
@@ -1233,6 +1286,13 @@ def flag_parser(doc: str, recipes: dict):
     add("--save_every", type=positive_int, help="updates between checkpoints and sample grids")
     add("--report_to", help="a tracker that accelerate knows (tensorboard, wandb, ...); default none")
     return p, paper.add_argument
+
+
+def add_lora_flag(add: Callable) -> None:
+    rank = {"type": natural_int, "nargs": "?", "const": 64}
+    add(
+        "--lora_rank", **rank, help="train a LoRA instead of the whole UNet: its rank (64 if none is given; 0: no LoRA)"
+    )
 
 
 def add_prior_flags(add: Callable, plain: str) -> None:
@@ -1547,13 +1607,14 @@ def save_grid(path: Path, pipe, rows: dict[str, Tensor]) -> None:
     """PNG with one labelled row of images for each entry; latents [n, C, h, w], the same noise in each column."""
     from PIL import Image
 
-    pictures = {}
+    pictures, place = {}, pipe.vae.device
     for name, latents in rows.items():
         with torch.no_grad():  # one by one: memory for a batch of decodes may not be left beside a student in training
-            latents = latents / pipe.vae.config.scaling_factor
+            latents = latents / pipe.vae.to(latents.device).config.scaling_factor
             pixels = torch.cat([pipe.vae.decode(z, return_dict=False)[0] for z in latents.split(1)])
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()  # [n, H, W, 3]
         pictures[name] = [Image.fromarray(picture.numpy()) for picture in pixels]
+    pipe.vae.to(place)
     save_sheet(path, pictures)
 
 
@@ -1597,7 +1658,8 @@ class StopRequest:
 # --- the engine ---
 
 # What an engine has sharded is gathered on the first rank's CPU; all ranks must ask. Keys are a parameter's name everywhere.
-WHOLE = whole_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+# What is frozen, a LoRA's base, is not in it, and so not asked for when it is loaded.
+WHOLE = whole_state.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 @dataclass
@@ -1678,7 +1740,7 @@ class Run:
         set_seed(args.seed, device_specific=True)
         self.noise = torch.Generator(device).manual_seed(seed_of(args.seed, "rank", self.rank))  # this rank's own
         self.shared = torch.Generator().manual_seed(seed_of(args.seed, "shared"))  # alike on all ranks [D14]
-        self.prompts = PromptEncoder(self.pipe, device)
+        self.prompts = PromptEncoder(self.pipe, device, dtype=frozen_dtype(self.accelerator))
         cache = args.cache_latents and need_images
         place = args.batch_size, args.seed, self.rank, self.n_ranks
         self.data = LatentData(rows.train, self.pipe, self.prompts, *place, self.noise, cache)
@@ -1808,6 +1870,25 @@ class Run:
         """A pipeline of stock diffusers that samples in so many steps at guidance scale w (a number, or "LO to HI"), and
         its model card, with what was measured of it."""
         save_pipeline(folder, self.pipe, unet, scheduler, model_card(self.args, self.script, steps, w, measured or {}))
+
+    def check_lora(self, pipes: dict) -> None:
+        """SystemExit for an engine, or for one of the pipelines (by flag), that --lora_rank does not go with."""
+        rank = self.args.lora_rank
+        if rank and self.accelerator.is_fsdp2:
+            raise SystemExit("--lora_rank: has no use for shards, most of it is frozen; launch with --multi_gpu")
+        for flag, pipe in pipes.items():
+            if rank and pipe.unet.config.time_cond_proj_dim is not None:
+                which = f"--{flag} {getattr(self.args, flag)}"
+                raise SystemExit(f"--lora_rank {rank}: {which} takes w, for which a LoRA has no input")
+
+    def save_lora(self, unet, base: str):
+        """The LoRA of a UNet in lora/; returns the UNet of the pipeline `base`, in full precision, with it fused."""
+        replace_folder(self.out / "lora", lambda folder: save_lora(folder, unet))
+        pipe = load_pipeline(base, resolution=self.args.resolution)
+        pipe.load_lora_weights(self.out / "lora")
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        return pipe.unet
 
     def whole_network(self, trained: Trained):
         """The UNet without its engine, to be saved; where it is sharded, a copy that is whole on the first rank."""

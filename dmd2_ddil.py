@@ -40,25 +40,25 @@ from common import CLEAN, NoiseSchedule, any_timesteps, eps_from_v, forward_stat
 from common import Support, moved_fraction, reflect
 from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout
 from common import SamplingPrior
-from common import UNetModel, betas_of, latent_shape, lcm_scheduler, load_pipeline, load_schedule, refuse_zero_snr
-from common import with_guidance
-from common import Run, Trained, add_prior_flags, flag_parser, non_negative, part_of, positive, positive_int, priors_of
-from common import resolve, seed_of
+from common import UNetModel, add_lora, betas_of, latent_shape, lcm_scheduler, load_pipeline, load_schedule
+from common import refuse_zero_snr, with_guidance, without_lora
+from common import Run, Trained, add_lora_flag, add_prior_flags, flag_parser, non_negative, part_of, positive
+from common import positive_int, priors_of, resolve, seed_of
 # isort: on
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
 PAPER = {"teacher_steps": 20, "student_steps": 4, "p_forward": (0.0,), "mixed_rollout": False, "reflect": "measured",
-         "fake_updates": 10, "gan_weight": 5e-3, "critic_gan_weight": 1e-2, "seed": 0}  # fmt: skip
+         "fake_updates": 10, "gan_weight": 5e-3, "critic_gan_weight": 1e-2, "lora_rank": 0, "seed": 0}  # fmt: skip
 SSD1B = PAPER | {
     "output_dir": "runs/dmd2_ddil-ssd1b", "updates": 30_000, "guidance_scale": 8.0, "global_batch_size": 7,
-    "batch_size": 1, "learning_rate": 5e-7, "lr_decay": False, "warmup": 500, "gradient_checkpointing": True,  # [D13]
-    "log_every": 10, "save_every": 100,
+    "batch_size": 1, "learning_rate": 5e-7, "lora_learning_rate": 1e-5, "lr_decay": False, "warmup": 500,  # [D13]
+    "gradient_checkpointing": True, "log_every": 10, "save_every": 100,
 }  # fmt: skip
 RECIPES = {
     "tiny": PAPER | {
         "teacher": "assets/tiny/pipeline", "data": "assets/tiny/data", "output_dir": "runs/dmd2_ddil-tiny", "updates": 200,
-        "fake_updates": 5, "guidance_scale": 4.0, "global_batch_size": 7, "learning_rate": 1e-4, "lr_decay": True,
-        "warmup": 20, "cache_latents": True, "log_every": 10, "save_every": 100,
+        "fake_updates": 5, "guidance_scale": 4.0, "global_batch_size": 7, "learning_rate": 1e-4,
+        "lora_learning_rate": 1e-3, "lr_decay": True, "warmup": 20, "cache_latents": True, "log_every": 10, "save_every": 100,
     },
     "sd15": SSD1B | {"output_dir": "runs/dmd2_ddil-sd15"},  # not in the paper: the numbers of its SSD-1B run
     "ssd1b": SSD1B,  # "small batch" of Table 3
@@ -305,11 +305,13 @@ def load_pipes(run: Run) -> dict:
     """The pipelines of teacher, student and fake score; each folder is loaded once. The teacher's VAE and text encoders
     serve all, so the others keep none."""
     args, loaded = run.args, {run.args.teacher: run.pipe}
+    run.check_lora({"teacher": run.pipe})
     for flag in ("student_init", "fake_init"):
         path = getattr(args, flag) or args.teacher
         if path not in loaded:
             loaded[path] = load_pipeline(path, f"--{flag}", run.args.resolution)
             check_fit(run.pipe, loaded[path], f"--{flag}", path)
+            run.check_lora({flag: loaded[path]})
             loaded[path].vae = loaded[path].text_encoder = loaded[path].text_encoder_2 = None
     student, fake = args.student_init or args.teacher, args.fake_init or args.teacher
     refuse_zero_snr(run.pipe, "--teacher", args.teacher)
@@ -336,11 +338,16 @@ def parse_args(argv=None):
     add("--fake_updates", type=positive_int, help="updates of the fake score for each of the student (sec. 5: 10)")
     add("--gan_weight", type=non_negative, help="of the GAN's loss for the student (DMD2: 5e-3); 0: no GAN")
     add("--critic_gan_weight", type=non_negative, help="of the GAN's loss for the critic (DMD2: 1e-2)")
+    add_lora_flag(add)
     add("--updates", type=positive_int, help="of the student (sec. 5: 30000)")
     add("--learning_rate", type=positive, help="of student and critic (DMD2: 5e-7 [D13])")
     yes_no = {"action": BooleanOptionalAction}
     add("--lr_decay", **yes_no, help="linear decay to 0 (sec. 5) instead of a constant rate (DMD2) [D13]")
-    args = resolve(p.parse_args(argv), RECIPES)
+    args = p.parse_args(argv)
+    rate = args.learning_rate
+    args = resolve(args, RECIPES)
+    if args.lora_rank and not args.resume:
+        args.learning_rate = rate or RECIPES[args.recipe]["lora_learning_rate"]
     check_args(args)
     return args
 
@@ -380,23 +387,28 @@ class Networks(NamedTuple):
 
 
 def networks_of(run: Run, pipes: dict) -> Networks:
-    """Teacher, student and critic, the latter two under the engine."""
+    """Teacher, student and critic, the latter two under the engine. With --lora_rank, student and critic are LoRAs on frozen
+    UNets, and the critic's with its LoRA switched off is the teacher, if it is the teacher's."""
     predicts = {name: pipe.scheduler.config.prediction_type for name, pipe in pipes.items()}
+    rank, shared = run.args.lora_rank, pipes["fake"] is pipes["teacher"]
     names = [id(pipe) for pipe in pipes.values()]
-    student_unet, fake_unet = (  # a copy, where another network comes from the same pipeline
-        copy.deepcopy(pipe.unet) if names.count(id(pipe)) > 1 else pipe.unet
-        for pipe in (pipes["student"], pipes["fake"])
+    # a copy, where another network comes from the same pipeline
+    student_unet = (
+        copy.deepcopy(pipes["student"].unet) if names.count(id(pipes["student"])) > 1 else pipes["student"].unet
     )
+    fake_unet = pipes["fake"].unet if rank or names.count(id(pipes["fake"])) == 1 else copy.deepcopy(pipes["fake"].unet)
     for pipe in pipes.values():
         if pipe is not run.pipe:
             pipe.unet = None  # is trained, or has been copied
+    network = run.model(run.frozen(run.pipe.unet))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(run.args.seed, "head"))  # alike on all ranks
-        critic_module = Critic(fake_unet, make_head(fake_unet, latent_shape(run.pipe)) if run.args.gan_weight else None)
-    network = run.model(run.frozen(run.pipe.unet))
-    real = network if network.config.time_cond_proj_dim is not None else with_guidance(network, run.null)
-    student = run.trainable("student", student_unet.requires_grad_(True))
-    critic = run.trainable("critic", critic_module.requires_grad_(True))
+        head = make_head(fake_unet, latent_shape(run.pipe)) if run.args.gan_weight else None
+        for unet in (student_unet, fake_unet):
+            add_lora(run.frozen(unet), rank) if rank else unet.requires_grad_(True)
+    teacher = without_lora(network, fake_unet) if rank and shared else network
+    real = teacher if network.config.time_cond_proj_dim is not None else with_guidance(teacher, run.null)
+    student, critic = run.trainable("student", student_unet), run.trainable("critic", Critic(fake_unet, head))
     model, rolling = (run.model(net, predicts["student"]) for net in (student.network, student.plain))
     fake, still_fake = (run.model(net, predicts["fake"]) for net in (critic.network, critic.plain))
     judge, still_judge = (judge_of(fake), judge_of(still_fake)) if run.args.gan_weight else (None, None)
@@ -497,6 +509,7 @@ def main(argv=None) -> None:
     final = run.whole_network(nets.student)
     w = str(args.guidance_scale if final.config.time_cond_proj_dim is not None else 1.0)
     if run.accelerator.is_main_process:
+        final = run.save_lora(final, args.student_init or args.teacher) if args.lora_rank else final
         scheduler = lcm_scheduler(pipes["student"], args.student_steps)
         run.save_student(run.out / "pipeline", final, scheduler, args.student_steps, w)
     run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {w}")

@@ -35,19 +35,9 @@ from common import CLEAN, NoiseSchedule, forward_states, timestep_grid
 from common import Support, ddim_step
 from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout, to_device
 from common import SamplingPrior
-from common import drop_prompts, lcm_scheduler, load_pipeline, refuse_zero_snr, with_guidance, with_w_embedding
-from common import (
-    Run,
-    Trained,
-    add_prior_flags,
-    flag_parser,
-    natural_int,
-    non_negative,
-    part_of,
-    positive,
-    positive_int,
-)
-from common import priors_of, replace_folder, resolve, share, whole
+from common import add_lora, drop_prompts, lcm_scheduler, refuse_zero_snr, with_guidance, with_w_embedding, without_lora
+from common import Run, Trained, add_lora_flag, add_prior_flags, flag_parser, non_negative, part_of, positive
+from common import positive_int, priors_of, resolve, share, whole
 # isort: on
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -56,24 +46,20 @@ PAPER = {"teacher_steps": 50, "student_steps": 4, "rollout_steps": (3, 4, 5), "p
          "forward_control": False, "reflect": "measured", "seed": 0}  # fmt: skip
 SD15 = PAPER | {
     "output_dir": "runs/lcm_ddil-sd15", "updates": 8000, "guidance_range": (6.0, 16.0), "global_batch_size": 360,
-    "batch_size": 60, "learning_rate": 1e-5, "warmup": 500, "eval_guidance_scale": 8.0, "gradient_checkpointing": True,
-    "log_every": 50, "save_every": 500,
+    "batch_size": 60, "learning_rate": 1e-5, "lora_learning_rate": 1e-4, "warmup": 500, "eval_guidance_scale": 8.0,
+    "gradient_checkpointing": True, "log_every": 50, "save_every": 500,
 }  # fmt: skip
 RECIPES = {
     "tiny": PAPER | {
         "teacher": "assets/tiny/pipeline", "data": "assets/tiny/data", "output_dir": "runs/lcm_ddil-tiny", "updates": 1500,
-        "guidance_range": (1.5, 6.0), "global_batch_size": 32, "learning_rate": 3e-4, "warmup": 50,
-        "eval_guidance_scale": 4.0, "cache_latents": True, "log_every": 50, "save_every": 250,
+        "guidance_range": (1.5, 6.0), "global_batch_size": 32, "learning_rate": 3e-4, "lora_learning_rate": 3e-4,
+        "warmup": 50, "eval_guidance_scale": 4.0, "cache_latents": True, "log_every": 50, "save_every": 250,
     },
     "sd15": SD15,
     "ssd1b": SD15 | {"output_dir": "runs/lcm_ddil-ssd1b", "batch_size": 15},  # "SSD1B-LCM" of Table 3: not in paper
 }  # fmt: skip
 GRAD_CLIP = 1.0  # [D18]
 LORA_GUIDANCE = 7.5  # [D12]: a LoRA has no input for w
-LORA_MODULES = [  # LCM-LoRA's: attention, feed-forward, residual layers; not conv_in, conv_out nor the time embedding
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
-]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The algorithm. z_t [B, C, h, w] fp32, t [B] int64; losses come back per sample, [B]
@@ -175,43 +161,6 @@ def check_sampler(pipe, args, solver_grid: list[int]) -> None:
             raise SystemExit(f"--teacher_steps {args.teacher_steps}: {what}")
 
 
-def add_lora(unet, rank: int):
-    """The UNet itself with a LoRA; its second factor starts at zero, so the output is the same at first."""
-    from peft import LoraConfig
-
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_MODULES))
-    return unet
-
-
-def without_lora(model: Model, unet) -> Model:
-    """The frozen model inside of one that carries a LoRA."""
-
-    def frozen(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
-        unet.disable_adapters()
-        try:
-            return model(z_t, t, cond)
-        finally:
-            unet.enable_adapters()
-
-    return frozen
-
-
-def save(run: Run, unet, w: str) -> None:
-    """pipeline/ in stock diffusers' format; of a LoRA its weights alone in lora/, and the pipeline with them fused."""
-    scheduler = lcm_scheduler(run.pipe, run.args.teacher_steps)
-    if run.args.lora_rank:
-        from peft import get_peft_model_state_dict
-
-        layers = get_peft_model_state_dict(unet)
-        replace_folder(run.out / "lora", lambda folder: run.pipe.save_lora_weights(folder, unet_lora_layers=layers))
-        run.pipe.unet = load_pipeline(run.args.teacher, resolution=run.args.resolution).unet
-        run.pipe.load_lora_weights(run.out / "lora")
-        run.pipe.fuse_lora()
-        run.pipe.unload_lora_weights()
-        unet = run.pipe.unet
-    run.save_student(run.out / "pipeline", unet, scheduler, run.args.student_steps, w)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,7 +180,7 @@ def parse_args(argv=None):
     add("--huber_c", type=positive, help="c of sqrt(d^2 + c^2) - c (LCM: 0.001)")
     add("--ema_decay", type=share, help="of the target network; 0: the student itself, no copy (LCM: .95)")
     add("--prompt_dropout", type=share, help="share of prompts replaced by the empty one (not in paper: 0)")
-    add("--lora_rank", type=natural_int, help="train a LoRA instead of a UNet; 0: none (LCM-LoRA: 64)")
+    add_lora_flag(add)
     add("--updates", type=positive_int, help="in all (sec. 5: 8000)")
     add("--learning_rate", type=positive, help="peak (sec. 5: 1e-5)")
     add("--eval_guidance_scale", type=non_negative, help="w of the sample grids")
@@ -239,6 +188,7 @@ def parse_args(argv=None):
     given = copy.copy(args)
     args = resolve(args, RECIPES)
     if args.lora_rank and not args.resume:  # no input for w, and no moving average: the target is the student itself
+        args.learning_rate = given.learning_rate or RECIPES[args.recipe]["lora_learning_rate"]
         args.guidance_range = tuple(given.guidance_range or (LORA_GUIDANCE, LORA_GUIDANCE))
         args.ema_decay, args.eval_guidance_scale = given.ema_decay or 0.0, args.guidance_range[0]
     check_args(args)
@@ -267,14 +217,11 @@ def check_args(args) -> None:
 def check_run(run: Run, grid: list[int]) -> None:
     """SystemExit for a teacher or an engine that these flags do not go with."""
     args, teacher, sampler = run.args, f"--teacher {run.args.teacher}", type(run.pipe.scheduler).__name__
-    if args.lora_rank and run.accelerator.is_fsdp2:
-        raise SystemExit("--lora_rank: has no use for shards, the frozen UNet is most of it; launch with --multi_gpu")
+    run.check_lora({"teacher": run.pipe})
     if not args.ema_decay and run.accelerator.is_fsdp2:  # a rank without a sample for the target would not gather it
         raise SystemExit("--ema_decay 0: FSDP shards the student, which cannot be the target then; give a decay")
     if sampler in ("LCMScheduler", "TCDScheduler"):
         raise SystemExit(f"{teacher}: is an LCM already ({sampler}); give the model it is from")
-    if args.lora_rank and run.pipe.unet.config.time_cond_proj_dim is not None:
-        raise SystemExit(f"--lora_rank {args.lora_rank}: {teacher} takes w, for which a LoRA has no input")
     refuse_zero_snr(run.pipe, "--teacher", args.teacher)
     check_sampler(run.pipe, args, grid)
     if max(priors_of(args)["forward"]) == 0 and not args.store_start:
@@ -289,9 +236,9 @@ def check_run(run: Run, grid: list[int]) -> None:
 def networks_of(run: Run) -> tuple[Trained, torch.nn.Module | None, Model]:
     """(student under the engine, the target's network or None where it is the student itself, teacher under guidance)."""
     args, unet, has_w = run.args, run.pipe.unet, run.pipe.unet.config.time_cond_proj_dim is not None
-    if args.lora_rank:
-        unet = student = add_lora(unet, args.lora_rank)
-        teacher = without_lora(run.model(unet.to(run.device)), unet)
+    if args.lora_rank:  # one network, held once: with the LoRA it is the student and its target, without it the teacher
+        teacher = without_lora(run.model(run.frozen(unet)), unet)
+        student = add_lora(unet, args.lora_rank)
     else:
         student = (copy.deepcopy(unet) if has_w else with_w_embedding(unet)).requires_grad_(True)
         teacher = run.model(run.frozen(unet))
@@ -356,7 +303,9 @@ def main(argv=None) -> None:
     final = run.whole_network(student)
     w = "1.0" if args.lora_rank else "{} to {}".format(*args.guidance_range)
     if run.accelerator.is_main_process:
-        save(run, final, w)
+        final = run.save_lora(final, args.teacher) if args.lora_rank else final
+        scheduler = lcm_scheduler(run.pipe, args.teacher_steps)
+        run.save_student(run.out / "pipeline", final, scheduler, args.student_steps, w)
     run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {w}")
 
 

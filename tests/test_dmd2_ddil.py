@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import change_json, rows_of, run_here, save_teacher, signals_kept, weights_of
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from torch.distributions import Normal, kl_divergence
@@ -220,6 +221,45 @@ def test_gradients_reach_only_whom_they_should(opened):
     assert all(p.grad.abs().max() > 0 for p in critic) and all(p.grad is None for p in student + real)
 
 
+@pytest.mark.parametrize("fake, half", [("", False), ("", True), ("--fake_init {}", False)])
+def test_loras_on_two_bases(fake, half, tmp_path, folder_of, data_folder, monkeypatch):
+    """The critic's base with its LoRA switched off is the teacher, or a network beside it where it is another's. What is
+    trained, with checkpointing or without, are the LoRAs and the head, in fp32; the base is in half precision."""
+    base = folder_of("sd") if fake else tmp_path / "none"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if half else "no")
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    teacher = save_teacher(tmp_path / "teacher")
+    flags = arguments(tmp_path / "run", teacher, data_folder, f"--lora_rank 2 {fake.format(base)}")
+    with signals_kept():
+        run = Run(parse_args(flags))
+        run.open(dmd2_ddil.__file__, [], [], plan={})
+    nets = dmd2_ddil.networks_of(run, dmd2_ddil.load_pipes(run))
+    x, cond = dmd2_ddil.data_batch(run, need_images=True)
+    t, dtype = torch.full((4,), 499), torch.bfloat16 if half else torch.float32
+    plain = UNetModel(load_pipeline(str(teacher)).unet.to(dtype), run.schedule, "epsilon", torch.no_grad)
+    expected, inputs = (
+        with_guidance(plain, run.null)(x, t, cond),
+        (run.schedule, nets.fake, nets.judge, x, x, cond, 1.0),
+    )
+    assert (nets.critic.plain.unet is run.pipe.unet) == (not fake)
+    trained = dict(nets.critic.plain.named_parameters())
+    own = {name: p for name, p in trained.items() if p.requires_grad}
+    assert {"lora" if "lora" in name else name.partition(".")[0] for name in own} == {"lora", "head"}
+    assert {p.dtype for p in own.values()} == {torch.float32} and trained["unet.conv_in.weight"].dtype == dtype
+    with torch.no_grad():
+        [p.add_(0.1) for p in own.values()]
+    assert max_error(nets.real(x, t, cond), expected) < (2e-2 if half else 1e-5)
+    gradients = []
+    for prepare in (lambda: None, nets.critic.plain.enable_gradient_checkpointing):
+        prepare()
+        run.noise.manual_seed(1)
+        critic_step(*inputs, run.noise)[0].mean().backward()
+        gradients.append([p.grad.clone() for p in own.values()])
+        nets.critic.optimizer.zero_grad()
+    for a, b in zip(*gradients):
+        assert a.abs().max() > 0 and max_error(a, b) <= 1e-5 * a.abs().max()
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_plain_dmd2_equals_a_short_independent_loop(parts, teacher_folder, data_folder, tmp_path):
     """--p_student 1 --reflect none through all of the script, bit for bit, in whole batches and accumulated ones: DMD2
@@ -338,13 +378,15 @@ def folder_of(tmp_path_factory):
     return folder_of
 
 
-@pytest.mark.parametrize("case", ["sd sd sd 1", "gc gc gc 2", "gc sd gc 4", "xl small large 4", "xl small small 4"])
+@pytest.mark.parametrize("case", ["sd sd sd 1", "gc gc gc 2", "gc sd gc 4", "xl small large 4", "xl small small 4",
+                                  "sd sd sd 4 lora", "xl small large 4 lora"])  # fmt: skip
 def test_stock_diffusers_samples_the_same(case, folder_of, tmp_path, data_folder, monkeypatch):
     """As the last sample grid, from the same noise: the exact timesteps, re-noising, no guidance; w for a student that
     takes it. Student and critic are what they started from, and trained."""
-    (teacher, student, fake, steps), grids = case.split(), []
+    (teacher, student, fake, steps, *lora), grids = case.split(), []
     monkeypatch.setattr(Run, "save_grid", lambda run, rows: grids.append(rows))
     flags = f"--student_init {folder_of(student)} --fake_init {folder_of(fake)} --student_steps {steps} --updates 2"
+    flags += " --lora_rank 2 --learning_rate 0.02" * bool(lora)
     dmd2_here(tmp_path, folder_of(teacher), data_folder, flags)
     stock = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     captions, z = [f"image {i} of test" for i in range(4)], noise_of(range(4), (4, 8, 8), seed=1)
@@ -353,10 +395,19 @@ def test_stock_diffusers_samples_the_same(case, folder_of, tmp_path, data_folder
         "guidance_scale": W if student == "gc" else 1.0,
         "output_type": "latent",
     }
-    latents = stock(captions, latents=z, generator=seeded(1), **settings).images
-    assert max_error(latents, grids[-1][f"student, {steps} steps"][:4]) < 1e-3
+    pipes = [stock]
+    if lora:  # fused, and loaded into what it was made from
+        base = load_pipeline(str(folder_of(student))).unet
+        pipes.append(DiffusionPipeline.from_pretrained(tmp_path / "pipeline", unet=base))
+        pipes[1].load_lora_weights(tmp_path / "lora")
+    for pipe in pipes:
+        latents = pipe(captions, latents=z, generator=seeded(1), **settings).images
+        assert max_error(latents, grids[-1][f"student, {steps} steps"][:4]) < 1e-3
     saved, kept = weights_of(tmp_path / "pipeline"), load_state(last_checkpoint(tmp_path / "checkpoints") / "critic.pt")
     critic = {name.removeprefix("unet."): value for name, value in kept.items() if name.startswith("unet.")}
+    if lora:  # checkpoints are small: the base is not in them
+        assert all("lora" in name or name.startswith("head.") for name in kept)
+        critic, fake = saved, student
     for trained, init in ((saved, weights_of(folder_of(student))), (critic, weights_of(folder_of(fake)))):
         assert trained.keys() == init.keys() and max(max_error(trained[name], init[name]) for name in init) > 1e-4
 
@@ -377,6 +428,9 @@ ENDS = """
 --teacher @zero_snr_v --fake_init @zero_snr  | predicts epsilon and has zero terminal SNR
 --gan_weight 1                               | --mixed_precision fp16: too coarse for the GAN's gradient
 --data @prompts --reflect none               | has no images (1 .txt
+--lora_rank 4 --teacher @gc                  | takes w, for which a LoRA has no input
+--lora_rank 4 --fake_init @gc                | takes w, for which a LoRA has no input
+--lora_rank -1                               | argument --lora_rank: -1: must be
 """
 
 

@@ -65,6 +65,7 @@ FEWER = {
     "dmd2_ddil": "--updates 2 --teacher_steps 4",
 }
 SHORT = ["pd_ddil --teacher_steps 4 --seed 2", "lcm_ddil", "dmd2_ddil"]  # for two processes
+LORA = "dmd2_ddil --lora_rank 2"
 each_script = pytest.mark.parametrize("script", FLAGS)
 
 
@@ -370,11 +371,11 @@ def test_compiled_blocks_have_few_shapes(script, tmp_path, teacher_folder, data,
         assert counts[8] == counts[-1], graphs
 
 
-@each_script
+@pytest.mark.parametrize("script", [*FLAGS, LORA])
 def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monkeypatch):
     """On a device that refuses what a GPU refuses, with compiled networks (the compiler itself is told to do nothing, or
     this would take minutes), in bf16 (weights and everything around the networks stay in fp32)."""
-    compiled, compile_module, weights = [], torch.nn.Module.compile, {}
+    compiled, compile_module, weights, name = [], torch.nn.Module.compile, {}, script.split()[0]
     noted = lambda module, **settings: compiled.append(module) or compile_module(module, **settings)
     monkeypatch.setattr(torch.nn.Module, "compile", noted)
     for way, flag in (
@@ -384,14 +385,14 @@ def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monke
         ("bf16", []),
     ):
         folder, log = tmp_path / way, tmp_path / f"{way}.log"
-        flags = arguments(script, teacher_folder, data, folder, *FEWER[script].split(), *flag)
+        flags = arguments(script, teacher_folder, data, folder, *FEWER[name].split(), *flag)
         if way in ("strict", "bf16"):
-            argv = ["tests/strict_device.py"] * (way == "strict") + [f"{script}.py", *flags]
+            argv = ["tests/strict_device.py"] * (way == "strict") + [f"{name}.py", *flags]
             env = {"ACCELERATE_MIXED_PRECISION": "bf16"} if way == "bf16" else {"STRICT_WAITS": str(tmp_path / "waits")}
             assert launch(log, *argv, env=env) == [0], log.read_text()
         else:
             with torch.compiler.set_stance("force_eager"):
-                run_here(*flags, script=f"{script}.py")
+                run_here(*flags, script=f"{name}.py")
         weights[way] = weights_of(folder / "pipeline")
         assert {weight.dtype for weight in weights[way].values()} == {torch.float32}
     trained = distance(weights["plain"], weights_of(teacher_folder))
@@ -405,7 +406,9 @@ def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monke
 # --- interrupted runs ---
 
 
-@pytest.mark.parametrize("script, ranks", [*product(FLAGS, [1]), ("lcm_ddil --streaming", 1), *product(SHORT, [2])])
+@pytest.mark.parametrize("script, ranks", [
+    *product([*FLAGS, "lcm_ddil --streaming", LORA], [1]), *product([*SHORT, LORA], [2]),
+])  # fmt: skip
 def test_interrupted_run_is_the_same_run(script, ranks, finished, tmp_path, teacher_folder, data):
     """kill -9 while a checkpoint is written, between two updates, at the end of a phase; SIGTERM, SIGHUP save."""
     folder, log, name = tmp_path / "run", tmp_path / "log", script.split()[0]
