@@ -34,7 +34,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -58,17 +57,8 @@ from common import mixed_rollout, student_rollout, teacher_rollout
 from common import PromptEncoder, UNetModel, dpm_solver, find_pipeline, latent_shape, load_pipeline, load_schedule
 from common import image_shape, images_at_once, open_pipeline, with_guidance
 from common import LatentData, open_image, open_rows
-from common import (
-    config_of,
-    fingerprint,
-    frozen_dtype,
-    in_order,
-    noise_generator,
-    noise_of,
-    number,
-    positive_int,
-    priors_of,
-)
+from common import config_of, fingerprint, frozen_dtype, in_order, noise_generator, noise_of
+from common import number, positive_int, priors_of
 from common import save_sheet, seed_int, seed_of, share, start_accelerator
 # isort: on
 
@@ -420,9 +410,13 @@ def digest(value) -> str:
 
 
 def contents_of(pipe) -> str:
-    """A digest of all networks and of the scheduler's settings: another model of the same name is not taken for it."""
-    networks = {n: fingerprint(part) for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return digest([networks, dict(pipe.scheduler.config)])
+    """A digest of all networks, all settings and what tokenizers do: another model of the same name is not taken for it."""
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    networks = [fingerprint(part) for part in parts.values() if isinstance(part, torch.nn.Module)]
+    configs = [vars(part.config) for part in (pipe, *parts.values()) if hasattr(part, "config")]
+    settings = [{n: v for n, v in config.items() if n[0] != "_"} for config in configs]  # the others: paths, versions
+    tokens = [part("a 7", padding="max_length").input_ids for n, part in parts.items() if n.startswith("tokenizer")]
+    return digest([networks, settings, tokens])
 
 
 def generate(ev, name: str, settings: dict, sample: Sampler, prompts: list[str], first_noise: int = 0) -> Images:
@@ -473,7 +467,8 @@ def claim(folder: Path, manifest: dict, overwrite: bool) -> None:
         if not overwrite:
             why = f"holds images of another evaluation ({'; '.join(differs)})"
             raise SystemExit(f"--output_dir: {folder} {why}; choose another folder, or --overwrite replaces them")
-        shutil.rmtree(folder)
+        for image in [f for f in folder.iterdir() if f.stem.isdigit()]:  # before the manifest, which says what they are
+            image.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, manifest)
 
@@ -510,8 +505,10 @@ def weights_file(flag: str, source: str) -> Path:
     with or_stop(f"{flag} {source}: cannot be fetched; fetch it elsewhere and give the file"):
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             raise OSError("HF_HUB_OFFLINE is set")
+        if is_url:  # each has a folder, as many files have one name
+            return Path(download_pretrained_from_url(source, os.path.expanduser(f"~/.cache/clip/{digest(source)}")))
         owner, _, file = source.rpartition("/")
-        return Path(download_pretrained_from_url(source) if is_url else download_pretrained_from_hf(owner, file))
+        return Path(download_pretrained_from_hf(owner, file))
 
 
 def facts_of(file: Path, name: str = "", resolution: int | None = None) -> dict:
@@ -572,7 +569,10 @@ def clip(args, device, flag: str = "clip_weights", architecture: str = "ViT-g-14
     features = lambda images: net.encode_image(torch.stack([*map(preprocess, images)]).to(device), normalize=True)
     title = "tiny" if path.resolve() == TINY / "scorer" else path.name if path.is_dir() else architecture
     texts = lambda prompts: net.encode_text(tokenizer(prompts).to(device), normalize=True)
-    return Net(title, facts_of(file, title), features, texts)
+    facts = facts_of(file, title)
+    if path.is_dir():
+        facts["config"] = digest((path / "open_clip_config.json").read_text(encoding="utf-8"))  # has the preprocessing
+    return Net(title, facts, features, texts)
 
 
 def resize_and_pad(image: Image.Image, visual) -> Tensor:
@@ -780,7 +780,8 @@ class Evaluation:
         elif net not in self.of_reference:
             self.of_reference[net] = f = self.over(len(self.real), lambda rows: net.images(self.real.load(rows)))
             if self.accelerator.is_main_process:
-                save_file({"features": f}, self.out / f"reference-{net.name}.safetensors", metadata=net.facts)
+                facts = net.facts | {"reference": self.args.reference}
+                save_file({"features": f}, self.out / f"reference-{net.name}.safetensors", metadata=facts)
         return self.of_reference[net]
 
     def measure(self, metric: str, images: Images) -> dict:
@@ -788,6 +789,7 @@ class Evaluation:
         facts = net.facts | images.settings
         if metric in self.by_reference:
             facts["reference"] = self.args.reference
+            facts["reference_sha256"] = hashlib.sha256(self.reference(net).numpy()).hexdigest()  # its images may change
         return {"metric": self.title(metric)} | METRICS[metric].function(self, net, images) | {"facts": facts}
 
 
@@ -808,6 +810,14 @@ def ddim_model(pipe, schedule, encoder: PromptEncoder, accelerator):
     unet = pipe.unet.to(accelerator.device, frozen_dtype(accelerator))
     model = UNetModel(unet, schedule, pipe.scheduler.config.prediction_type, accelerator.autocast)
     return model if unet.config.time_cond_proj_dim is not None else with_guidance(model, encoder.null())
+
+
+def refuse_retrained(candidate: Candidate, teacher: str, pipe) -> None:
+    """SystemExit if the teacher that the run names has other weights by now than those that the run was distilled from."""
+    config = candidate.config
+    if teacher == config.get("teacher") and config.get("teacher_weights") not in (None, fingerprint(pipe.unet)):
+        why = f"its teacher {teacher} was trained anew since; distil it anew, or do without paired and give --teacher"
+        raise SystemExit(f"MODEL {candidate.model}: {why}")
 
 
 def paired(ev: Evaluation, candidate: Candidate, pipe, teacher, seed: int) -> dict:
@@ -840,7 +850,8 @@ def evaluate(ev: Evaluation, candidate: Candidate) -> list[dict]:
     asked["model_weights"], guided, results = contents_of(pipe), None, []
     if "paired" in ev.args.metrics and candidate.script == "pd_ddil":
         gc = candidate.run / "stages" / "gc"
-        guided = load_pipeline(str(gc) if gc.is_dir() else candidate.config["teacher"])
+        guided = load_pipeline(teacher := str(gc) if gc.is_dir() else candidate.config["teacher"])
+        refuse_retrained(candidate, teacher, guided)
     for seed in ev.args.seed:
         key, settings, images = f"{candidate.key}-seed{seed}", asked | {"seed": seed}, {}
         sample = pipeline_sampler(pipe, candidate, seed)
@@ -923,6 +934,8 @@ class Pair:
                 raise SystemExit(f"--shift: {candidate.model} belongs to no run that names its {flag}; give --{flag}")
         teacher_steps = ev.args.teacher_steps or config.get("teacher_steps", 32)
         self.pipe, self.teacher_pipe = load_pipeline(candidate.model, "MODEL"), load_pipeline(teacher, "--teacher")
+        if not ev.args.teacher:
+            refuse_retrained(candidate, teacher, self.teacher_pipe)
         grid, teacher_grid = timestep_grid(candidate.steps), timestep_grid(teacher_steps)
         self.pipe.scheduler.set_timesteps(candidate.steps)
         own = self.pipe.scheduler.timesteps.tolist()

@@ -25,12 +25,11 @@ Plain PD is --p_forward 1. What the paper adds to it: grep "# DDIL:" pd_ddil.py 
 import copy
 import shutil
 from argparse import ArgumentTypeError
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 # By common.py's sections
@@ -247,7 +246,6 @@ class Evaluation:
         self.ids = run.prompts.tokenize([captions[i * len(captions) // self.n] for i in range(self.n)])
         lo, hi = run.args.guidance_range
         self.w = lo + (hi - lo) * torch.rand(self.n, generator=torch.Generator().manual_seed(1))
-        self.file = run.out / "paired_reference.safetensors"
 
     def trajectory_end(self, model: Model, steps: int, z: Tensor, cond: dict, support: Support = None) -> Tensor:
         return teacher_rollout(self.run.schedule, model, z, [*timestep_grid(steps), CLEAN], cond, support)[-1]
@@ -268,32 +266,27 @@ class Evaluation:
         sample = lambda z, cond, _: self.trajectory_end(model, steps, z, cond)
         return self.run.grid_row(sample, self.run.args.eval_guidance_scale)
 
-    def reference(self, name: str) -> Tensor:
+    @cached_property
+    def reference(self) -> dict[str, Tensor]:
         """Of stages/gc: end points at "32" steps, reflected, and, undistilled, at the students' "16", ...; rows "grid_32",
-        ... of the pictures. Made once and kept in a file of the run."""
+        ... of the pictures. Made anew where a run is resumed, as captions may be others by then; six updates' worth in sd15."""
         run, args = self.run, self.run.args
-        if not self.file.exists():
-            unet = load_pipeline(str(self.gc), resolution=run.args.resolution).unet
-            gc = run.model(unet.to(run.device), "v_prediction")
-            supports = {args.teacher_steps: run.support}
-            supports |= dict.fromkeys(map(int, halvings(args.teacher_steps, args.student_steps)))  # as it would sample
-            ends = {str(n): self.end_points(gc, n, support) for n, support in supports.items()}
-            ends |= {f"grid_{n}": self.grid_row(gc, n) for n in supports}
-            if run.accelerator.is_main_process:
-                save_file(ends, self.file.with_suffix(".tmp"))
-                self.file.with_suffix(".tmp").rename(self.file)
-            run.accelerator.wait_for_everyone()
-        return load_file(self.file)[name].to(run.device)
+        unet = load_pipeline(str(self.gc), resolution=args.resolution).unet
+        gc = run.model(unet.to(run.device), "v_prediction")
+        supports = {args.teacher_steps: run.support}
+        supports |= dict.fromkeys(map(int, halvings(args.teacher_steps, args.student_steps)))  # as it would sample
+        ends = {str(n): self.end_points(gc, n, support) for n, support in supports.items()}
+        return ends | {f"grid_{n}": self.grid_row(gc, n) for n in supports}
 
     def report(self, student: Model, teacher: Model, steps: int) -> dict[str, str]:
         """RMS distances in latent space from the same noise, prompt and w, as a row of metrics.csv and a line: to the end
         points of stages/gc at teacher_steps (also of itself, undistilled), and to those of this stage's own teacher; of
         either as it teaches."""
         distance = lambda a, b: f"{(a - b).pow(2).mean().sqrt().item():.5f}"
-        ends, goal = self.end_points(student, steps), self.reference(str(self.run.args.teacher_steps))
+        ends, goal = self.end_points(student, steps), self.reference[str(self.run.args.teacher_steps)]
         errors = {
             "paired_error": distance(ends, goal),
-            "paired_error_undistilled": distance(self.reference(str(steps)), goal),
+            "paired_error_undistilled": distance(self.reference[str(steps)], goal),
             "stage_error": distance(ends, self.end_points(teacher, 2 * steps, self.run.support)),
         }
         labels = {"phase": str(steps), "total_updates": self.run.progress["total"]}
@@ -409,9 +402,9 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
     student = run.trainable("student", unet)
     model, rolling = run.model(student.network, "v_prediction"), run.model(student.plain, "v_prediction")
     tau = torch.tensor([*timestep_grid(2 * steps), CLEAN], device=run.device)
-    rows = {f"gc, {n} steps": evaluation.reference(f"grid_{n}") for n in (args.teacher_steps, steps)}
 
     def sample() -> None:
+        rows = {f"gc, {n} steps": evaluation.reference[f"grid_{n}"] for n in (args.teacher_steps, steps)}
         run.save_grid(rows | {f"student, {steps} steps": evaluation.grid_row(rolling, steps)}, f"-{phase.name}")
 
     prior = SamplingPrior(run.shared, forward=phase.p_forward, dagger=[1 - p for p in phase.p_forward])  # DDIL: App. A

@@ -2,8 +2,10 @@
 references, networks of the real code path with random weights, covariate shift, and what is refused."""
 
 import importlib
+import io
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -58,8 +60,7 @@ def images_of(out, *words) -> dict:
 
 
 def assert_within_one(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    assert a
+    assert a and a.keys() == b.keys()
     assert max(abs(a[name] - b[name]).max() for name in a) <= 1
 
 
@@ -154,21 +155,32 @@ def test_a_killed_evaluation_goes_on(tmp_path, teacher_folder, small):
     assert (folder / "000002.png").stat().st_mtime_ns == kept
 
 
-def test_images_by_other_settings_are_refused_or_replaced(tmp_path, teacher_folder, small):
-    """Another number, another scheduler or other weights under the same name."""
-    model, out = shutil.copytree(teacher_folder, tmp_path / "model"), tmp_path / "out"
+CHANGES_IN_PLACE = {
+    "scheduler/scheduler_config.json": {"prediction_type": "v_prediction"}, "vae/config.json": {"scaling_factor": 0.5},
+    "unet/config.json": {"sample_size": 12}, "text_encoder/config.json": {"hidden_act": "gelu"},
+    "tokenizer/tokenizer_config.json": {"pad_token": "!"},
+}  # fmt: skip
+
+
+def test_images_by_other_settings_are_refused_or_replaced(tmp_path, teacher_folder, small, monkeypatch):
+    """Another number, or another model under the same name: settings, size, prompts' tokens, weights. A kill in the midst
+    of --overwrite leaves no image without the manifest that says what it is."""
+    model, out, deleted, unlink = shutil.copytree(teacher_folder, tmp_path / "model"), tmp_path / "out", [], os.unlink
     evaluated(out, model, *small)
     before = images_of(out)
     message = refused(out, model, *small, "--num_images", 5)
-    assert "num_images: 6 there, now 5" in message
-    assert "--overwrite" in message
-    change_json(model / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    assert "model_weights: " in refused(out, model, *small)
-    change_json(model / "scheduler" / "scheduler_config.json", prediction_type="epsilon")
+    assert "num_images: 6 there, now 5" in message and "--overwrite" in message
+    for file, change in CHANGES_IN_PLACE.items():
+        as_it_was = (model / file).read_bytes()
+        change_json(model / file, **change)
+        assert "model_weights: " in refused(out, model, *small), file
+        (model / file).write_bytes(as_it_was)
     scale_weights(model, 1.1)
     assert "model_weights: " in refused(out, model, *small)
     assert_within_one(before, images_of(out))
+    monkeypatch.setattr(os, "unlink", lambda file, **at: deleted.append(Path(file).name) or unlink(file, **at))
     evaluated(out, model, *small, "--overwrite")
+    assert before.keys() <= {*deleted} and "manifest.json" not in deleted
     assert any((image != before[name]).any() for name, image in images_of(out).items())
 
 
@@ -296,10 +308,8 @@ def test_coverage_is_its_slow_reference():
     for i in range(40):
         to_real = sorted(math.dist(real[i], real[j]) for j in range(40) if j != i)
         covered += any(math.dist(real[i], f) < to_real[4] for f in fake)
-    assert 0 < covered < 40
-    assert coverage_of(real, fake) == covered / 40
-    assert coverage_of(real, real) == 1
-    assert coverage_of(real, fake + 100) == 0
+    assert 0 < covered < 40 and coverage_of(real, fake) == covered / 40
+    assert coverage_of(real, real) == 1 and coverage_of(real, fake + 100) == 0
 
 
 def random_images(n: int, size=(48, 32), seed: int = 0) -> list[Image.Image]:
@@ -320,7 +330,7 @@ def random_clip(folder, weights: dict | None = None):
     config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
     torch.manual_seed(0)
     model = open_clip.CLIP(**json.loads(json.dumps(config))).eval().requires_grad_(False)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     weights = weights or {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
@@ -366,7 +376,6 @@ def test_networks_of_one_name_are_two(tmp_path, teacher_folder, small):
     """Folders of the same name, one for --clip_weights, one for --hps_weights: features of one are not taken for the
     other's."""
     for seed, name in enumerate("ab"):
-        (tmp_path / name).mkdir()
         model, _ = random_clip(tmp_path / name / "clip")
         weights = {key: (1 + seed) * value.contiguous() for key, value in model.state_dict().items()}
         save_file(weights, tmp_path / name / "clip" / "open_clip_model.safetensors")
@@ -408,8 +417,7 @@ def test_hps_preprocessing(size, tmp_path):
     expected = torch.zeros(3, 32, 32)
     resized = torch.from_numpy(np.array(image.resize((width, height), Image.BICUBIC))).permute(2, 0, 1) / 255
     expected[:, top : top + height, left : left + width] = resized
-    assert (found - expected).abs().max() < 0.02
-    assert (found - expected).abs().mean() < 0.002
+    assert (found - expected).abs().max() < 0.02 and (found - expected).abs().mean() < 0.002
 
 
 def random_trunk(file, net: str) -> dict:
@@ -466,8 +474,7 @@ def test_alignment_is_the_judge_s():
     net, images, captions = evaluate.judge(None, "cpu"), list(rows["image"]), list(rows["caption"])
     right = evaluate.alignment(Context(), net, shown(images, captions))
     wrong = evaluate.alignment(Context(), net, shown(images, captions[1:] + captions[:1]))
-    assert right["value"] > 0.9
-    assert wrong["value"] < 0.1
+    assert wrong["value"] < 0.1 and right["value"] > 0.9
     assert all(value > 0.9 for value in right["parts"].values())
 
 
@@ -484,8 +491,14 @@ def test_paired_error_is_the_stock_pipelines_own(tmp_path, pd_run, data_folder):
         generators = [evaluate.noise_generator(i, 0) for i in range(6)]
         ends.append(pipe(prompts, generator=generators, output_type="latent", **settings).images)
     assert found["value"] == pytest.approx((ends[0] - ends[1]).pow(2).mean().sqrt().item(), rel=1e-4)
-    assert found["n"] == 6
-    assert found["value"] > 0
+    assert found["n"] == 6 and found["value"] > 0
+    teacher, run = shutil.copytree(config["teacher"], tmp_path / "gc"), shutil.copytree(pd_run, tmp_path / "run")
+    change_json(run / "config.json", teacher=str(teacher))
+    scale_weights(teacher, 1.1)
+    for metrics in ("paired",), ("clip", "--shift", "gap"):  # another one under its name is none to compare with
+        assert f"its teacher {teacher} was trained anew" in refused(
+            tmp_path / "out", run, *flags[:4], "--metrics", *metrics
+        )
 
 
 # --- covariate shift ---
@@ -505,8 +518,7 @@ def test_mixtures_are_drawn_for_each_image_alone():
     arms = {p: Arm("mix", "", p_teacher=p) for p in (0.2, 0.6)}
     rates = {p: arm.student_rate(range(500), 4, seed=0) for p, arm in arms.items()}
     for p, rate in rates.items():
-        assert set(rate.unique().tolist()) == {0, 1}
-        assert rate.mean().item() == pytest.approx(1 - p, abs=0.04)
+        assert {*rate.unique().tolist()} == {0, 1} and rate.mean().item() == pytest.approx(1 - p, abs=0.04)
     assert (rates[0.6] <= rates[0.2]).all()
     assert torch.equal(arms[0.2].student_rate([7, 3], 4, seed=0), rates[0.2][[7, 3]])
     assert not torch.equal(arms[0.2].student_rate(range(500), 4, seed=1), rates[0.2])
@@ -582,15 +594,7 @@ def test_shift_is_found_where_there_is_one(tmp_path, pd_run, small):
         expected += [f"{own}, but {other} at 999", f"{own}, but {other} at 500", f"{own} alone"]
     assert arms["PD + DDIL, 2 steps"] == expected
     text = (out / "results.md").read_text()
-    captions = (
-        "Table 5",
-        "Tables 6 and 7",
-        "Figure 4",
-        "student to teacher",
-        "4 steps: FD",
-        "2 steps: FD",
-        "| 0.317 |",
-    )
+    captions = "Table 5", "Tables 6 and 7", "Figure 4", "student to teacher", "4 steps: FD", "2 steps: FD", "| 0.317 |"
     assert all(caption in text for caption in captions)
     for name in ("shift.png", "contact.png"):
         assert Image.open(out / name).size[0] > 100
@@ -609,17 +613,18 @@ def test_the_shift_s_data_may_hold_what_cannot_be_used(tmp_path, pd_run, data_fo
     assert not (tmp_path / "none" / "images").exists()
 
 
-def test_grids_that_do_not_align(tmp_path, pd_run, teacher_folder, data_folder, small):
+def test_steps_that_cannot_be(tmp_path, pd_run, teacher_folder, data_folder, small):
+    """More than the sampler has; a student's grid that its teacher's does not hold."""
+    model = with_scheduler(tmp_path / "model", teacher_folder, LCMScheduler, original_inference_steps=4)
+    assert f"--steps 8: {model}" in refused(tmp_path / "none", model, *small, "--steps", 8)
     flags = [*small[:6], "--metrics", "fd", "--shift", "switch"]
     message = refused(tmp_path / "out", pd_run, *flags, "--teacher_steps", 5)
-    assert "--teacher_steps 5" in message
-    assert "multiple of 2" in message
+    assert "--teacher_steps 5" in message and "multiple of 2" in message
     assert "[500]" in refused(tmp_path / "out", pd_run, *flags, "--switch_at", 700)
     data = ["--teacher", teacher_folder, "--data", data_folder, "--global_batch_size", 4, "--max_updates", 1]
     run_here(*data, "--output_dir", tmp_path / "lcm", script="lcm_ddil.py")
     message = refused(tmp_path / "out", tmp_path / "lcm", *flags)
-    assert "[999, 759, 499, 259]" in message
-    assert "[999, 749, 500, 250]" in message
+    assert "[999, 759, 499, 259]" in message and "[999, 749, 500, 250]" in message
     assert not (tmp_path / "out" / "images").exists()
 
 
@@ -640,8 +645,7 @@ def test_runs_of_one_label_are_averaged_beside_the_paper(tmp_path, pd_run, gc_fo
     assert table["other"][-3:] == ["-"] * 3
     record = results["results"][0]
     assert record.keys() >= {"metric", "value", "n", "seed", "sampler", "steps", "guidance_scale", "standard_error"}
-    assert record["facts"]["sha256"]
-    assert results["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert record["facts"]["sha256"] and results["versions"]["torch"] == torch.__version__.partition("+")[0]
     manifest = json.loads(next((tmp_path / "images").iterdir()).joinpath("manifest.json").read_text())
     assert manifest["images"][2] == {"file": "000002.png", "prompt": "caption number 3", "noise": 2}
 
@@ -666,16 +670,15 @@ LABELS = [
 def test_labels_are_the_paper_s_and_tell_arms_apart(script, flags, label):
     args = importlib.import_module(script).parse_args(["--teacher", "x", "--data", "y", *flags.split()])
     config = json.loads(json.dumps(vars(args)))
-    assert evaluate.label_of(script, config, "pipeline") == label
-    assert evaluate.label_of(script, config, "gc") == "SD(gc)"
+    labels = [evaluate.label_of(script, config, stage) for stage in ("pipeline", "gc")]
+    assert labels == [label, "SD(gc)"]
 
 
 def test_settings_come_from_the_run(tmp_path, pd_run, teacher_folder):
     of = lambda *argv: evaluate.candidate_of(evaluate.parse_args([*map(str, argv)]), 0)
     run = of(pd_run)
     assert (run.steps, run.guidance_scale, run.model) == (2, 8.0, str(pd_run / "pipeline"))
-    assert of(pd_run / "stages" / "4").steps == 4
-    assert of(f"a=b={pd_run}").label == "a=b"
+    assert of(pd_run / "stages" / "4").steps == 4 and of(f"a=b={pd_run}").label == "a=b"
     assert of(pd_run, "--steps", 1, "--guidance_scale", 2).steps == 1
     teacher = of(TINY / "pipeline")
     assert (teacher.label, teacher.steps, teacher.guidance_scale) == ("tiny", 32, 4.0)
@@ -705,27 +708,42 @@ def test_inverted_prompts(tmp_path, teacher_folder):
     flags = ["--prompts", ROOT / "tests" / "inverted.json", "--metrics", "lpips", "similarity", "--steps", 1]
     flags += ["--lpips_net", "alex", "--lpips_weights", tmp_path / "trunk.pth", "--resolution", 64]
     of_lpips, similarity = evaluated(tmp_path / "out", teacher_folder, *flags)["results"]
-    assert of_lpips["n"] == 2
-    assert of_lpips["value"] > 0
-    assert -1 <= similarity["value"] <= 1
-    assert of_lpips["facts"]["weights"] == "alex, trunk.pth"
-    assert "64" in of_lpips["facts"]["resize"]
+    assert of_lpips["n"] == 2 and of_lpips["value"] > 0 and -1 <= similarity["value"] <= 1
+    assert of_lpips["facts"]["weights"] == "alex, trunk.pth" and "64" in of_lpips["facts"]["resize"]
     assert len(images_of(tmp_path / "out")) == 20
 
 
 def test_references(tmp_path, teacher_folder, small):
-    """Features that an evaluation kept, and a folder without captions."""
-    flags = [teacher_folder, *small, "--metrics", "fd", "coverage"]
-    first, kept = evaluated(tmp_path / "a", *flags), tmp_path / "a" / "reference-tiny.safetensors"
+    """Features that an evaluation kept, unless by another network or preprocessing; a folder without captions, measured
+    anew each time: where its images were replaced, the result says so."""
+    clip, plain = tmp_path / "clip", tmp_path / "plain" / "inner"
+    random_clip(clip)
+    flags = [teacher_folder, *small, "--metrics", "fd", "coverage", "--clip_weights", clip]
+    first, kept = evaluated(tmp_path / "a", *flags), tmp_path / "a" / "reference-clip.safetensors"
     second = evaluated(tmp_path / "b", *flags, "--reference", kept)
     assert [r["value"] for r in first["results"]] == [r["value"] for r in second["results"]]
-    random_clip(tmp_path / "clip")
-    message = refused(tmp_path / "c", *flags, "--reference", kept, "--clip_weights", tmp_path / "clip")
-    assert f"--reference {kept}" in message
-    assert "weights is" in message
-    save_images(tmp_path / "plain" / "inner", 6, seed=0)
-    (tmp_path / "plain" / "inner" / "metadata.jsonl").unlink()
-    assert evaluated(tmp_path / "d", *flags, "--reference", tmp_path / "plain")["results"][0]["value"] > 0
+    change_json(clip / "open_clip_config.json", preprocess_cfg={"mean": [0, 0, 0], "std": [1, 1, 1]})
+    for tiny, what in ([], "config is"), (["--clip_weights", TINY / "scorer"], "weights is"):
+        message = refused(tmp_path / "c", *flags, "--reference", kept, *tiny)
+        assert f"--reference {kept}" in message and what in message
+    found = []
+    for seed in (0, 1):
+        save_images(plain, 6, seed)
+        (plain / "metadata.jsonl").unlink()
+        found.append(evaluated(tmp_path / "d", *flags, "--reference", plain.parent)["results"][0])
+        shutil.rmtree(plain)
+    assert found[0]["value"] != found[1]["value"] > 0
+    assert found[0]["facts"]["reference_sha256"] != found[1]["facts"]["reference_sha256"]
+
+
+def test_weights_of_one_name_at_two_addresses(tmp_path, monkeypatch):
+    """Each is fetched, once: every CLIP on the hub is an open_clip_pytorch_model.bin."""
+    urls, asked, reply = ["https://a/weights.bin", "https://b/weights.bin"], [], type("reply", (io.BytesIO,), {})
+    reply.headers = {"Content-Length": 9}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", str(tmp_path)))
+    monkeypatch.setattr("urllib.request.urlopen", lambda url: asked.append(url) or reply(url.encode()))
+    assert [evaluate.weights_file("--clip_weights", url).read_text() for url in 2 * urls] == 2 * urls and asked == urls
 
 
 def test_forwards_are_counted(tmp_path, teacher_folder, gc_folder, small):
@@ -767,16 +785,7 @@ def test_bad_flags_are_named(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     message = refused(tmp_path / "out", "assets/tiny/pipeline", *flags.split())
-    assert words in message
-    assert not (tmp_path / "out" / "images").exists()
-
-
-class Evil:
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return (open, (self.file, "w"))
+    assert words in message and not (tmp_path / "out" / "images").exists()
 
 
 @pytest.mark.parametrize("metric", ["fid", "clip", "hps", "lpips"])
@@ -786,10 +795,10 @@ def test_weights_that_are_others_never_run_code(metric, tmp_path, teacher_folder
         file = tmp_path / "clip"
         random_clip(file, weights={"conv.weight": torch.zeros(3)})
     else:
-        torch.save({"conv.weight": Evil(str(was_run))}, file)
+        evil = type("evil", (), {"__reduce__": lambda self: (open, (str(was_run), "w"))})
+        torch.save({"conv.weight": evil()}, file)
     message = refused(tmp_path / "out", teacher_folder, *small, "--metrics", metric, f"--{metric}_weights", file)
-    assert f"--{metric}_weights {file}: does not hold" in message
-    assert not was_run.exists()
+    assert f"--{metric}_weights {file}: does not hold" in message and not was_run.exists()
 
 
 def test_folders_that_are_no_evaluation_are_left_alone(tmp_path, teacher_folder, small, pd_run):
@@ -800,17 +809,11 @@ def test_folders_that_are_no_evaluation_are_left_alone(tmp_path, teacher_folder,
     assert [f.name for f in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
 
 
-def test_more_steps_than_the_sampler_has(tmp_path, teacher_folder, small):
-    model = with_scheduler(tmp_path / "model", teacher_folder, LCMScheduler, original_inference_steps=4)
-    assert f"--steps 8: {model}" in refused(tmp_path / "out", model, *small, "--steps", 8)
-
-
 def test_command_line(tmp_path):
     """README's command on assets/tiny, with fewer images."""
     flags = ["--num_images", 8, "--steps", 4, "--metrics", "alignment", "clip", "fd", "coverage"]
     launcher = ["-m", "accelerate.commands.launch"]
     process = run_script(TINY / "pipeline", *flags, "--output_dir", tmp_path, script="evaluate.py", launcher=launcher)
     assert process.returncode == 0, process.stderr
-    assert "| tiny | 4 | 8 | trained | 4 |" in process.stdout
-    assert "FD (tiny)" in process.stdout
+    assert "| tiny | 4 | 8 | trained | 4 |" in process.stdout and "FD (tiny)" in process.stdout
     assert {f.name for f in tmp_path.iterdir()} >= {"images", "results.json", "results.md", "contact.png"}

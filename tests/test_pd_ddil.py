@@ -7,58 +7,20 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import SMALL, W_RANGE, change_json, run_here, save_teacher, weights_of
+from conftest import SMALL, W_RANGE, change_json, rows_of, run_here, save_teacher, weights_of
 from diffusers import DiffusionPipeline
-from toys import (
-    BOX,
-    MEAN,
-    SCHEDULE,
-    STD,
-    clamped,
-    gaussian_model,
-    max_error,
-    nonlinear_model,
-    noting,
-    open_run,
-    paths,
-    randn,
-    seeded,
-    stock_latents,
-)
+
+# isort: off
+from toys import BOX, MEAN, SCHEDULE, STD, clamped, gaussian_model, max_error, nonlinear_model, noting, open_run
+from toys import paths, randn, seeded, stock_latents
 
 import pd_ddil
-from common import (
-    CLEAN,
-    LatentData,
-    PromptEncoder,
-    Run,
-    UNetModel,
-    add_noise,
-    ddim_step,
-    load_pipeline,
-    load_schedule,
-    open_rows,
-    rotation,
-    seed_of,
-    teacher_rollout,
-    timestep_grid,
-    with_guidance,
-    with_w_embedding,
-)
-from pd_ddil import (
-    DAgger,
-    Phase,
-    collect,
-    dagger_batch,
-    forward_batch,
-    guidance_step,
-    open_phase,
-    parse_args,
-    pd_step,
-    plan_phases,
-    teacher_landing,
-    v_step,
-)
+from common import CLEAN, add_noise, ddim_step, rotation, teacher_rollout, timestep_grid
+from common import PromptEncoder, UNetModel, load_pipeline, load_schedule, with_guidance, with_w_embedding
+from common import LatentData, Run, open_rows, seed_of
+from pd_ddil import DAgger, Phase, collect, dagger_batch, forward_batch, guidance_step, open_phase
+from pd_ddil import parse_args, pd_step, plan_phases, teacher_landing, v_step
+# isort: on
 
 FLAGS = " ".join(SMALL)
 TAU = torch.tensor([*timestep_grid(16), CLEAN])  # 16 steps of the toy teacher, 8 of its student
@@ -278,6 +240,21 @@ def test_plain_pd_equals_a_short_independent_loop(B, teacher_folder, data_folder
         assert all(torch.equal(saved[name], weight) for name, weight in unet.state_dict().items()), phase
     with pytest.raises(SystemExit, match="updates: saved"):
         run_here("--resume", "--output_dir", tmp_path, "--updates", "2=9")
+
+
+def test_errors_are_of_the_captions_at_hand(gc_folder, data_folder, tmp_path):
+    """A run that finds other held-out captions when it is resumed ends with the errors of one that had them all along."""
+    data, flags = shutil.copytree(data_folder, tmp_path / "data"), "--teacher_steps 4 --student_steps 2 --updates 2=2"
+    captions, ends = data / "test" / "metadata.jsonl", []
+    pd_here(tmp_path / "resumed", gc_folder, data, flags)
+    captions.write_text(captions.read_text().replace("image", "another"))
+    pd_here(tmp_path / "fresh", gc_folder, data, flags)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "00000002+")  # as if killed before the stage was finished
+    ends.append(rows_of(tmp_path / "resumed")[-1])
+    run_here("--resume", "--output_dir", tmp_path / "resumed")
+    ends += [rows_of(tmp_path / name)[-1] for name in ("resumed", "fresh")]
+    before, resumed, fresh = ([row[name] for name in row if "_error" in name] for row in ends)
+    assert resumed == fresh != before
 
 
 def test_stock_diffusers_samples_the_same(xl_folder, data_folder, tmp_path, monkeypatch):

@@ -204,7 +204,7 @@ def distance(a: dict, b: dict) -> float:
 def test_run_folder(script, finished, teacher_folder):
     folder, stages = finished(script), ["v", "gc", "4", "2"] * (script == "pd_ddil")
     expected = {"pipeline", "checkpoints", "samples", "metrics.csv", "config.json", "common.py", f"{script}.py"}
-    assert {path.name for path in folder.iterdir()} - {"stages", "paired_reference.safetensors"} == expected
+    assert {path.name for path in folder.iterdir()} - {"stages"} == expected
     assert not [*folder.rglob("*.tmp")] and len([*(folder / "checkpoints").iterdir()]) == 2
     for file in ("common.py", f"{script}.py"):
         assert (folder / file).read_bytes() == (ROOT / file).read_bytes()
