@@ -281,7 +281,7 @@ class Evaluation:
             ends |= {f"grid_{n}": self.grid_row(gc, n) for n in supports}
             if run.accelerator.is_main_process:
                 save_file(ends, self.file.with_suffix(".tmp"))
-                self.file.with_suffix(".tmp").rename(self.file)
+                self.file.with_suffix(".tmp").replace(self.file)
             run.accelerator.wait_for_everyone()
         return load_file(self.file)[name].to(run.device)
 

@@ -22,9 +22,9 @@ from common import (
     UNetModel,
     add_noise,
     betas_of,
+    checkpoints_of,
     consistency_function,
     forward_states,
-    last_checkpoint,
     latent_shape,
     lcm_scheduler,
     load_pipeline,
@@ -278,7 +278,7 @@ def test_plain_dmd2_equals_a_short_independent_loop(parts, teacher_folder, data_
             loss = loss + 0.5 * (F.softplus(generated) + F.softplus(-of_data))
             (loss.mean() / parts).backward()
         step(1, i // 2)
-    kept = load_state(last_checkpoint(tmp_path / "checkpoints") / "critic.pt")
+    kept = load_state(checkpoints_of(tmp_path / "checkpoints")[-1] / "critic.pt")
     for saved, module in zip((weights_of(tmp_path / "pipeline"), kept), modules):
         assert all(torch.equal(saved[name], weight) for name, weight in module.state_dict().items())
 
@@ -355,7 +355,8 @@ def test_stock_diffusers_samples_the_same(case, folder_of, tmp_path, data_folder
     }
     latents = stock(captions, latents=z, generator=seeded(1), **settings).images
     assert max_error(latents, grids[-1][f"student, {steps} steps"][:4]) < 1e-3
-    saved, kept = weights_of(tmp_path / "pipeline"), load_state(last_checkpoint(tmp_path / "checkpoints") / "critic.pt")
+    saved, newest = weights_of(tmp_path / "pipeline"), checkpoints_of(tmp_path / "checkpoints")[-1]
+    kept = load_state(newest / "critic.pt")
     critic = {name.removeprefix("unet."): value for name, value in kept.items() if name.startswith("unet.")}
     for trained, init in ((saved, weights_of(folder_of(student))), (critic, weights_of(folder_of(fake)))):
         assert trained.keys() == init.keys() and max(max_error(trained[name], init[name]) for name in init) > 1e-4
