@@ -64,7 +64,7 @@ def like_windows(tmp_path, monkeypatch) -> dict:
     monkeypatch.setattr(os, "rename", os.rename)  # all three are put back in the end
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.delattr(signal, "SIGHUP", raising=False)
-    exec(LIKE_WINDOWS)  # noqa: S102
+    exec(LIKE_WINDOWS, {})  # noqa: S102
     (tmp_path / "sitecustomize.py").write_text(LIKE_WINDOWS)
     return {"PYTHONPATH": str(tmp_path)}
 
