@@ -1254,10 +1254,17 @@ threshold = number(
 )
 
 
+def parser_of(doc: str, usage: str) -> argparse.ArgumentParser:
+    """A script's parser. From now on what its terminal, pipe or log has no letters for is printed as \\N codes."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    return argparse.ArgumentParser(usage=f"%(prog)s {usage}; --help lists them", description=doc, **form)
+
+
 def flag_parser(doc: str, recipes: dict):
     """(parser, add_argument of its group "paper") with what the scripts share. No flag has a default: recipes have."""
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    p = argparse.ArgumentParser(usage="%(prog)s [FLAGS]; --help lists them", description=doc, **form)
+    p = parser_of(doc, "[FLAGS]")
     p.add_argument("--recipe", choices=recipes, help="table of defaults (default tiny: all offline, CPU, minutes)")
     paper, run, choice = p.add_argument_group("paper"), p.add_argument_group("run"), argparse.BooleanOptionalAction
     add = paper.add_argument
@@ -1335,7 +1342,7 @@ def resolve(args, recipes: dict):
 def config_of(run: Path) -> dict:
     """What a run was started with. SystemExit if that is damaged."""
     try:
-        return json.loads((run / "config.json").read_text())
+        return json.loads((run / "config.json").read_bytes())
     except ValueError as error:
         raise SystemExit(f"{run / 'config.json'}: is damaged ({error}); --overwrite starts anew")
 
@@ -1407,7 +1414,10 @@ def start_accelerator(**settings):
     an engine that these scripts cannot use."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    launched, has_gpu = int(os.environ.get("WORLD_SIZE", "1")), torch.accelerator.is_available()
+    if torch.backends.mps.is_available():  # it lacks fp64 and some operations: an Apple GPU is used if asked for
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    has_gpu = torch.accelerator.is_available() and os.environ.get("ACCELERATE_TORCH_DEVICE") != "cpu"
     if "ACCELERATE_USE_CPU" in os.environ and not has_gpu:
         # accelerate launch leaves each process one thread, whatever the machine has
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1462,6 +1472,11 @@ def in_order(accelerator, n: int, batch_size: int, function: Callable[[Tensor], 
 
 # --- files ---
 
+OF_A_RUN = re.compile(  # what --overwrite deletes: all that a run makes, but config.json, which is its lock
+    r"(pipeline|lora|stages/(v|gc|\d+))(\.tmp)?|checkpoints/(\d{8,}\+*|saving)|samples/\d{6,}(-\w+)?\.png"
+    r"|metrics\.(csv|tmp)|paired_reference\.(safetensors|tmp)|common\.py|\w+_ddil(\.py)?"  # the last: a tracker's
+)
+
 
 def check_output_dir(args) -> None:
     """Refuse a folder that holds another run, unless --overwrite; and never delete what is no run."""
@@ -1476,18 +1491,20 @@ def check_output_dir(args) -> None:
             raise SystemExit(f"--output_dir {folder}: holds this run's own --{flag} {source}; choose another folder")
     if not args.overwrite:
         raise SystemExit(f"--output_dir {folder}: is not empty; --resume goes on with its run, --overwrite deletes it")
-    if not (folder / "config.json").is_file():
-        raise SystemExit(f"--overwrite: {folder} is no run folder (it has no config.json) and is left alone")
+    if not all((folder / name).is_file() for name in ("config.json", "common.py")):
+        raise SystemExit(f"--overwrite: {folder} is no run folder (no config.json with common.py) and is left alone")
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under a temporary name, then rename: no kill leaves half a folder."""
+    """Write a folder under a temporary name, then rename: no kill leaves half a folder, and what others put there stays."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if folder.exists():
+        shutil.copytree(folder, temporary)
+    temporary.mkdir(parents=True, exist_ok=True)
     write(temporary)
     shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    temporary.replace(folder)
 
 
 def save_pipeline(folder: Path, pipe, unet, scheduler, card: str = "") -> None:
@@ -1499,7 +1516,8 @@ def save_pipeline(folder: Path, pipe, unet, scheduler, card: str = "") -> None:
     def write(folder: Path) -> None:
         student.save_pretrained(folder)
         if card:
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            # paths have surrogates where the locale is not UTF-8, which so become their bytes again
+            (folder / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
 
     replace_folder(Path(folder), write)
 
@@ -1548,18 +1566,18 @@ def save_state(state, file: Path) -> None:
 
 def load_state(file: Path):
     """A tensor file of our own: tensors and plain values only, never code; ranks share the memory."""
-    return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    return torch.load(file, weights_only=True, map_location="cpu", mmap=os.name != "nt")  # or Windows cannot delete it
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint, or None."""
-    return max(folder.glob("[0-9]*"), default=None)
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The oldest first; what else lies there, copies of them too, is not the run's."""
+    return sorted(path for path in folder.glob("*") if re.fullmatch(r"\d{8,}\+*", path.name) and path.is_dir())
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether no file of it is missing, cut short or changed, by the checksums that torch's files hold."""
     try:
-        files = [checkpoint / name for name in json.loads((checkpoint / "progress.json").read_text())["files"]]
+        files = [checkpoint / name for name in json.loads((checkpoint / "progress.json").read_bytes())["files"]]
         return all(zipfile.ZipFile(file).testzip() is None for file in files)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return False
@@ -1587,7 +1605,7 @@ class Metrics:
         means = {c: s / n for c, s, n in zip(self.columns, sums, counts) if n}
         self.rows += 1
         if accelerator.is_main_process:
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self.labels + self.columns, extrasaction="ignore")
                 if self.rows == 1:
                     writer.writeheader()
@@ -1600,7 +1618,7 @@ class Metrics:
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         replacement = self.path.with_suffix(".tmp")
         replacement.write_bytes(b"".join(lines[: rows + 1 if rows else 0]))
-        replacement.rename(self.path)
+        replacement.replace(self.path)
 
 
 def save_grid(path: Path, pipe, rows: dict[str, Tensor]) -> None:
@@ -1640,8 +1658,9 @@ class StopRequest:
 
     def __init__(self):
         self.since = math.inf
-        # launchers pass a closed terminal's SIGHUP on, `nohup` or not; what `nohup` itself has started ignores it
-        hangs_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        # launchers pass a closed terminal's on, `nohup` or not; what `nohup` itself has started ignores it
+        hangs_up = [hangup] if signal.getsignal(hangup) is not signal.SIG_IGN else []
         for number in (signal.SIGTERM, signal.SIGINT, *hangs_up):
             signal.signal(number, self.ask)
 
@@ -1777,7 +1796,7 @@ class Run:
         """The newest whole one, the same on all ranks; None if there is none yet. SystemExit if all are damaged."""
         from accelerate.utils import broadcast_object_list
 
-        there = sorted((self.out / "checkpoints").glob("[0-9]*"), reverse=True)
+        there = checkpoints_of(self.out / "checkpoints")[::-1]
         whole = [next((c for c in there if is_whole(c)), None)] if self.accelerator.is_main_process else [None]
         (found,) = broadcast_object_list(whole)
         if there and found is None:
@@ -1788,29 +1807,32 @@ class Run:
 
     def create_folder(self, script: str) -> None:
         """The run folder, with config.json and a copy of the code that made it."""
-        if self.args.overwrite and (self.out / "config.json").is_file():
+        is_there = self.args.overwrite and (self.out / "config.json").is_file()
+        if is_there:
             self.lock()
-            shutil.rmtree(self.out, ignore_errors=True)
+            for path in [*self.out.glob("*"), *self.out.glob("*/*")]:  # what else lies there is someone's, and stays
+                if OF_A_RUN.fullmatch(path.relative_to(self.out).as_posix()):
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         try:
-            (self.out / "samples").mkdir(parents=True)
+            (self.out / "samples").mkdir(parents=True, exist_ok=is_there)
         except FileExistsError:
             raise SystemExit(f"--output_dir {self.out}: another run was just started there; choose another folder")
         for file in (script, __file__):
             shutil.copy(file, self.out)
         settings = {name: value for name, value in vars(self.args).items() if name not in ACTIONS}
-        (self.out / "config.json").write_text(json.dumps(settings | self.facts, indent=1))
+        (self.out / "config.json").write_text(json.dumps(settings | self.facts, indent=1), encoding="utf-8")
 
     def lock(self) -> None:
         """The folder is this run's until its process ends, however that is; SystemExit where it is another's."""
-        import fcntl
-
-        # nothing of this process may open the file again: closing it would unlock
-        self.locked = (self.out / "config.json").open("r+")
         try:
+            import fcntl
+
+            # nothing of this process may open the file again: closing it would unlock
+            self.locked = (self.out / "config.json").open("rb+")
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise SystemExit(f"--output_dir {self.out}: another run is under way there; wait, or choose another folder")
-        except OSError:  # a drive that has no locks
+        except (ImportError, OSError):  # Windows, whose open files nobody can delete either; a drive without locks
             pass
 
     # networks
@@ -1936,7 +1958,7 @@ class Run:
         """(place, phase) of those still to do. A phase is finished when finish() has written its results and a checkpoint
         says so."""
         if self.checkpoint:
-            self.progress = json.loads((self.checkpoint / "progress.json").read_text())
+            self.progress = json.loads((self.checkpoint / "progress.json").read_bytes())
             if self.progress["loop"] is None:  # made by finish(): between two phases
                 self.restore()
         for place in range(self.progress["phase"], len(phases)):
@@ -2042,8 +2064,8 @@ class Run:
         *values, self.stopping = self.accelerator.reduce(torch.stack(values).float(), "sum").tolist()
         for name, value in zip(names, values):
             if not math.isfinite(value):  # the same verdict on all ranks
-                last = f"the last good checkpoint: {last_checkpoint(self.out / 'checkpoints') or 'none yet'}"
-                raise SystemExit(f"{name} is {value}; stopped, {last}; a lower --learning_rate may help")
+                last = (checkpoints_of(self.out / "checkpoints") or ["none yet"])[-1]
+                raise SystemExit(f"{name} is {value}; stopped, last checkpoint: {last}; try a lower --learning_rate")
 
     def step(self, trained: Trained, max_norm: float, column: str = "grad_norm") -> None:
         """Clip the gradient, AdamW, and leave no gradient. The first network's step waits for the verdict on all that was
@@ -2106,11 +2128,11 @@ class Run:
         self.accelerator.wait_for_everyone()
         if is_main:
             files = sorted(file.name for file in temporary.iterdir())
-            (temporary / "progress.json").write_text(json.dumps(self.progress | {"files": files}))
+            (temporary / "progress.json").write_text(json.dumps(self.progress | {"files": files}), encoding="utf-8")
             while final.exists():  # saved again at the same update: a later name, so that there always is a whole one
                 final = final.with_name(final.name + "+")
-            temporary.rename(final)
-            for old in sorted(folder.iterdir())[:-2]:
+            temporary.replace(final)
+            for old in checkpoints_of(folder)[:-2]:
                 shutil.rmtree(old, ignore_errors=True)  # on network drives, a file that is still mapped stays
         self.accelerator.wait_for_everyone()
 
@@ -2142,7 +2164,7 @@ class Run:
         """The first update of a loop: 0, past its end if it was done before, or where the checkpoint was made."""
         if self.checkpoint is None:
             return 0
-        if json.loads((self.checkpoint / "progress.json").read_text())["loop"] != loop:
+        if json.loads((self.checkpoint / "progress.json").read_bytes())["loop"] != loop:
             return sys.maxsize  # an earlier loop than the checkpoint's
         self.restore()
         return self.progress["update"]
@@ -2168,7 +2190,7 @@ class Run:
         self.support = mine["support"] and tuple(bound.to(self.device) for bound in mine["support"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(mine["scaler"])
-        self.progress = json.loads((folder / "progress.json").read_text())
+        self.progress = json.loads((folder / "progress.json").read_bytes())
         self.metrics.rows = self.progress["rows"]
         if self.accelerator.is_main_process:
             self.metrics.go_back(self.progress["rows"])

@@ -57,9 +57,8 @@ from common import mixed_rollout, student_rollout, teacher_rollout
 from common import PromptEncoder, UNetModel, dpm_solver, find_pipeline, latent_shape, load_pipeline, load_schedule
 from common import image_shape, images_at_once, open_pipeline, with_guidance
 from common import LatentData, open_image, open_rows
-from common import config_of, fingerprint, frozen_dtype, in_order, noise_generator, noise_of
-from common import number, positive_int, priors_of
-from common import save_sheet, seed_int, seed_of, share, start_accelerator
+from common import config_of, fingerprint, frozen_dtype, in_order, noise_generator, noise_of, number, parser_of
+from common import positive_int, priors_of, save_sheet, seed_int, seed_of, share, start_accelerator
 # isort: on
 
 TINY = Path(__file__).resolve().parent / "assets" / "tiny"
@@ -149,8 +148,7 @@ scale = number(float, "finite and at least 1, which is no guidance", lambda w: 1
 
 
 def parse_args(argv=None):
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    p = argparse.ArgumentParser(usage="%(prog)s MODEL ... [FLAGS]; --help lists them", description=__doc__, **form)
+    p = parser_of(__doc__, "MODEL ... [FLAGS]")
     p.add_argument("models", nargs="+", metavar="MODEL", help="run folder, runs/X/stages/8, pipeline folder, hub name")
     add, each = p.add_argument_group("what is measured").add_argument, "one value, or one for each model"
     add("--protocol", choices=PROTOCOLS, default="tiny", help="table of defaults (default tiny: all offline)")
@@ -290,7 +288,7 @@ def candidate_of(args, i: int) -> Candidate:
     own["steps"] = int(stage) if stage.isdigit() else config[whose]
     is_inside = config.get("lora_rank") or "eval_guidance_scale" not in config
     own["guidance_scale"] = 1.0 if is_inside else config["eval_guidance_scale"]
-    takes_w = json.loads((path / "unet" / "config.json").read_text()).get("time_cond_proj_dim")
+    takes_w = json.loads((path / "unet" / "config.json").read_bytes()).get("time_cond_proj_dim")
     if script == "dmd2_ddil" and takes_w:
         own["guidance_scale"] = config["guidance_scale"]  # the only one that it was trained at
     settings |= {n: value for n, value in own.items() if n not in args.given}
@@ -453,29 +451,30 @@ def generate(ev, name: str, settings: dict, sample: Sampler, prompts: list[str],
 def save_image(file: Path, pixels) -> None:
     """Under another name first, so that no kill leaves half an image."""
     Image.fromarray(pixels).save(file.with_suffix(".tmp"), format="PNG")
-    file.with_suffix(".tmp").rename(file)
+    file.with_suffix(".tmp").replace(file)
 
 
 def claim(folder: Path, manifest: dict, overwrite: bool) -> None:
     """Start the folder, or go on with it if its manifest has the same settings; otherwise SystemExit, or start anew."""
     file, now = folder / "manifest.json", json.loads(json.dumps(manifest["settings"]))
     if file.is_file():
-        before = json.loads(file.read_text())["settings"]
+        before = json.loads(file.read_bytes())["settings"]
         differs = [f"{n}: {before.get(n)} there, now {now.get(n)}" for n in before | now if before.get(n) != now.get(n)]
         if not differs:
             return
         if not overwrite:
             why = f"holds images of another evaluation ({'; '.join(differs)})"
             raise SystemExit(f"--output_dir: {folder} {why}; choose another folder, or --overwrite replaces them")
-        for image in [f for f in folder.iterdir() if f.stem.isdigit()]:  # before the manifest, which says what they are
-            image.unlink()
+        for old in folder.iterdir():
+            if re.fullmatch(r"\d{6,}\.(png|tmp)", old.name):
+                old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, manifest)
 
 
 def write_json(file: Path, content) -> None:
-    file.with_suffix(".tmp").write_text(json.dumps(content, indent=1, default=str))
-    file.with_suffix(".tmp").rename(file)
+    file.with_suffix(".tmp").write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+    file.with_suffix(".tmp").replace(file)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1047,9 +1046,9 @@ def shift_gap(ev: Evaluation, pair: Pair, seed: int) -> dict:
             [summary(z) for z in states] + [pair.disagreement(z, j, cond)[:, None] for z in (states[0], states[2])]
             for j, states in enumerate(zip(here, other, by_student, by_teacher))
         ]
-        return torch.stack([torch.cat(parts, dim=1) for parts in at], dim=1).double()
+        return torch.stack([torch.cat(parts, dim=1) for parts in at], dim=1)
 
-    values = ev.over(n, one_batch)
+    values = ev.over(n, one_batch).double()  # by then on the CPU: not every device has fp64
     C, rows = latent_shape(pair.pipe)[0], []
     for t, at_t in zip(timesteps, values.unbind(dim=1)):
         summaries, disagreement = at_t[:, :-2].unflatten(1, (4, -1)), at_t[:, -2:].mean(dim=0).sqrt()
@@ -1241,7 +1240,7 @@ def plot_curves(runs: Sequence[tuple[str, Path, str]], file: Path) -> None:
             title, own = OWN_CURVE[script]
             sources = run / "metrics.csv", TINY.parent / "results" / "curves" / f"{script}.csv"
             for source, style in zip(sources, ({}, {"linestyle": "--", "alpha": 0.4})):
-                found = [*csv.DictReader(source.read_text().splitlines())]
+                found = [*csv.DictReader(source.read_text(encoding="utf-8").splitlines())]
                 for axis, (what, columns) in zip(row, (CURVES | {title: own}).items()):
                     for i, name in enumerate(name for name in found[0] if re.fullmatch(columns, name)):
                         points = [(int(r["total_updates"]), float(r[name])) for r in found if r[name]]
@@ -1266,7 +1265,7 @@ def report(ev: Evaluation, results: list[dict], rows: list[dict], gaps: list[dic
     if rows or gaps:
         tables.append(shift_tables(ev, rows, gaps))
         plot_shift(ev, rows, gaps, ev.out / "shift.png")
-    (ev.out / "results.md").write_text("\n\n".join(tables) + "\n")
+    (ev.out / "results.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8", errors="surrogateescape")
     if ev.image_metrics:
         sheet = {}
         for result in results:

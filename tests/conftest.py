@@ -36,10 +36,37 @@ SMALL = ["--global_batch_size", "4", "--eval_prompts", "4", "--buffer_size", "64
 SMALL += ["--learning_rate", "1e-3", "--guidance_range", *map(str, W_RANGE)]
 
 
-def run_script(*args, script="pd_ddil.py", launcher=(), timeout=400) -> subprocess.CompletedProcess:
+def run_script(*args, script="pd_ddil.py", launcher=(), env=None) -> subprocess.CompletedProcess:
     """`python pd_ddil.py ...` in a process of its own."""
-    command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    command, settings = [sys.executable, *launcher, str(ROOT / script), *map(str, args)], {"cwd": ROOT, "timeout": 400}
+    return subprocess.run(
+        command, **settings, env=os.environ | (env or {}), capture_output=True, text=True, check=False
+    )
+
+
+# A terminal, pipe or log that takes nothing but ASCII, as in minimal containers; what Windows lacks and what it refuses
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+LIKE_WINDOWS = """
+import os, signal, sys
+rename, sys.modules["fcntl"] = os.rename, None
+vars(signal).pop("SIGHUP", None)
+def refusing(source, target, **more):
+    if os.path.exists(target):
+        raise FileExistsError(17, "exists", str(target))
+    rename(source, target, **more)
+os.rename = refusing
+"""
+
+
+@pytest.fixture
+def like_windows(tmp_path, monkeypatch) -> dict:
+    """Here, and in the processes to whose environment this is added."""
+    monkeypatch.setattr(os, "rename", os.rename)  # all three are put back in the end
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delattr(signal, "SIGHUP", raising=False)
+    exec(LIKE_WINDOWS, {})  # noqa: S102
+    (tmp_path / "sitecustomize.py").write_text(LIKE_WINDOWS)
+    return {"PYTHONPATH": str(tmp_path)}
 
 
 @contextlib.contextmanager
@@ -69,7 +96,7 @@ def refusal(*args, script="pd_ddil.py") -> str:
 
 def rows_of(folder: Path) -> list[dict]:
     """metrics.csv of a run."""
-    return [*csv.DictReader((folder / "metrics.csv").read_text().splitlines())]
+    return [*csv.DictReader((folder / "metrics.csv").read_text(encoding="utf-8").splitlines())]
 
 
 def weights_of(pipeline: Path) -> dict:
@@ -83,7 +110,7 @@ def scale_weights(pipeline: Path, factor: float) -> None:
 
 
 def change_json(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | changes))
 
 
 def tiny_unet(cross_attention_dim: int = 16, **config):

@@ -10,46 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    LCMScheduler,
-    StableDiffusionPipeline,
-)
 from toys import BOX, MEAN, SCHEDULE, STD, clamped, gaussian_model, max_error, nonlinear_model, randn, seeded
 
-from common import (
-    CLEAN,
-    NoiseSchedule,
-    PromptEncoder,
-    SamplingPrior,
-    TrajectoryBuffer,
-    add_noise,
-    combine_guidance,
-    consistency_function,
-    consistency_rollout,
-    ddim_step,
-    drop_prompts,
-    eps_from_v,
-    forward_states,
-    guidance_embedding,
-    load_pipeline,
-    load_schedule,
-    measure_support,
-    mixed_rollout,
-    moved_fraction,
-    noise_of,
-    reflect,
-    rotation,
-    student_rollout,
-    teacher_rollout,
-    timestep_grid,
-    v_from_prediction,
-    with_guidance,
-    x_from_v,
-)
+# isort: off
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler
+from diffusers import StableDiffusionPipeline
+from common import CLEAN, NoiseSchedule, PromptEncoder, SamplingPrior, TrajectoryBuffer, add_noise, combine_guidance
+from common import consistency_function, consistency_rollout, ddim_step, drop_prompts, eps_from_v, forward_states
+from common import guidance_embedding, load_pipeline, load_schedule, measure_support, mixed_rollout, moved_fraction
+from common import noise_of, reflect, rotation, student_rollout, teacher_rollout, timestep_grid, v_from_prediction
+from common import with_guidance, x_from_v
+# isort: on
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD = NoiseSchedule.from_alphas_cumprod(DDPMScheduler(**SD_BETAS).alphas_cumprod)

@@ -23,9 +23,9 @@ from common import (
     UNetModel,
     add_noise,
     betas_of,
+    checkpoints_of,
     consistency_function,
     forward_states,
-    last_checkpoint,
     latent_shape,
     lcm_scheduler,
     load_pipeline,
@@ -318,7 +318,7 @@ def test_plain_dmd2_equals_a_short_independent_loop(parts, teacher_folder, data_
             loss = loss + 0.5 * (F.softplus(generated) + F.softplus(-of_data))
             (loss.mean() / parts).backward()
         step(1, i // 2)
-    kept = load_state(last_checkpoint(tmp_path / "checkpoints") / "critic.pt")
+    kept = load_state(checkpoints_of(tmp_path / "checkpoints")[-1] / "critic.pt")
     for saved, module in zip((weights_of(tmp_path / "pipeline"), kept), modules):
         assert all(torch.equal(saved[name], weight) for name, weight in module.state_dict().items())
 
@@ -403,7 +403,8 @@ def test_stock_diffusers_samples_the_same(case, folder_of, tmp_path, data_folder
     for pipe in pipes:
         latents = pipe(captions, latents=z, generator=seeded(1), **settings).images
         assert max_error(latents, grids[-1][f"student, {steps} steps"][:4]) < 1e-3
-    saved, kept = weights_of(tmp_path / "pipeline"), load_state(last_checkpoint(tmp_path / "checkpoints") / "critic.pt")
+    saved, newest = weights_of(tmp_path / "pipeline"), checkpoints_of(tmp_path / "checkpoints")[-1]
+    kept = load_state(newest / "critic.pt")
     critic = {name.removeprefix("unet."): value for name, value in kept.items() if name.startswith("unet.")}
     if lora:  # checkpoints are small: the base is not in them
         assert all("lora" in name or name.startswith("head.") for name in kept)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, SMALL, change_json, refusal, run_here, run_script, save_images, scale_weights
+from conftest import ASCII, ROOT, SMALL, change_json, refusal, run_here, run_script, save_images, scale_weights
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler, PNDMScheduler
 from lpips import LPIPS
 from PIL import Image
@@ -168,6 +168,7 @@ def test_images_by_other_settings_are_refused_or_replaced(tmp_path, teacher_fold
     model, out, deleted, unlink = shutil.copytree(teacher_folder, tmp_path / "model"), tmp_path / "out", [], os.unlink
     evaluated(out, model, *small)
     before = images_of(out)
+    (note := next((out / "images").iterdir()) / "best.txt").write_text("000003")
     message = refused(out, model, *small, "--num_images", 5)
     assert "num_images: 6 there, now 5" in message and "--overwrite" in message
     for file, change in CHANGES_IN_PLACE.items():
@@ -182,6 +183,7 @@ def test_images_by_other_settings_are_refused_or_replaced(tmp_path, teacher_fold
     evaluated(out, model, *small, "--overwrite")
     assert before.keys() <= {*deleted} and "manifest.json" not in deleted
     assert any((image != before[name]).any() for name, image in images_of(out).items())
+    assert note.read_text() == "000003"
 
 
 def test_an_image_that_is_not_finite_is_named(tmp_path, teacher_folder, small, monkeypatch):
@@ -809,11 +811,13 @@ def test_folders_that_are_no_evaluation_are_left_alone(tmp_path, teacher_folder,
     assert [f.name for f in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
 
 
-def test_command_line(tmp_path):
-    """README's command on assets/tiny, with fewer images."""
+def test_command_line(tmp_path, like_windows):
+    """README's command on assets/tiny, with fewer images, of two models; as on Windows, and where all text is ASCII."""
     flags = ["--num_images", 8, "--steps", 4, "--metrics", "alignment", "clip", "fd", "coverage"]
-    launcher = ["-m", "accelerate.commands.launch"]
-    process = run_script(TINY / "pipeline", *flags, "--output_dir", tmp_path, script="evaluate.py", launcher=launcher)
+    flags, launcher = [*flags, "--output_dir", tmp_path / "out"], ["-m", "accelerate.commands.launch"]
+    models, env = [TINY / "pipeline"] * 2, like_windows | ASCII
+    process = run_script(*models, *flags, script="evaluate.py", launcher=launcher, env=env)
     assert process.returncode == 0, process.stderr
-    assert "| tiny | 4 | 8 | trained | 4 |" in process.stdout and "FD (tiny)" in process.stdout
-    assert {f.name for f in tmp_path.iterdir()} >= {"images", "results.json", "results.md", "contact.png"}
+    assert "| tiny | 4 | 8 | trained | 4 | 2 |" in process.stdout and "FD (tiny)" in process.stdout
+    assert "± is the standard error" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert {f.name for f in (tmp_path / "out").iterdir()} >= {"images", "results.json", "results.md", "contact.png"}

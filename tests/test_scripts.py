@@ -20,36 +20,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    change_json,
-    refusal,
-    rows_of,
-    run_here,
-    run_script,
-    save_images,
-    save_teacher,
-    scale_weights,
-    weights_of,
-)
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch._dynamo.utils import counters
 
 import common
-from common import (
-    CLEAN,
-    PromptEncoder,
-    UNetModel,
-    last_checkpoint,
-    load_pipeline,
-    load_schedule,
-    noise_of,
-    open_rows,
-    teacher_rollout,
-    timestep_grid,
-    with_guidance,
-)
+
+# isort: off
+from conftest import ASCII, ROOT, change_json, refusal, rows_of, run_here, run_script, save_images, save_teacher
+from conftest import scale_weights, weights_of
+from common import CLEAN, PromptEncoder, UNetModel, checkpoints_of, load_pipeline, load_schedule, noise_of, open_rows
+from common import teacher_rollout, timestep_grid, with_guidance
+# isort: on
 
 SMALL = "--global_batch_size 4 --warmup 1 --log_every 1 --save_every 3 --learning_rate 1e-3"
 FLAGS = {
@@ -66,6 +49,7 @@ FEWER = {
 }
 SHORT = ["pd_ddil --teacher_steps 4 --seed 2", "lcm_ddil", "dmd2_ddil"]  # for two processes
 LORA = "dmd2_ddil --lora_rank 2"
+posix = pytest.mark.skipif(os.name != "posix", reason="has no such signals and locks")
 each_script = pytest.mark.parametrize("script", FLAGS)
 
 
@@ -86,7 +70,7 @@ def data(tmp_path_factory):
 
 # --- processes that have all imports behind them ---
 
-FRESH = multiprocessing.get_context("forkserver")
+FRESH = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 FRESH.set_forkserver_preload([
     "test_scripts", "pd_ddil", "accelerate", "datasets", "transformers.models.clip.modeling_clip",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
@@ -109,7 +93,7 @@ def launch(log, *argv, ranks=1, stop=None, notes=None, env=None) -> list[int]:
         processes[-1].start()
     processes[0].join(200)
     for process in processes:
-        if processes[0].exitcode == -signal.SIGKILL:
+        if processes[0].exitcode == -9:
             process.kill()
         process.join(200)
     return [process.exitcode for process in processes]
@@ -216,10 +200,13 @@ def test_run_folder(script, finished, teacher_folder):
     assert updates == [*range(1, UPDATES[script] + 1)]
     assert {path.name for path in folder.glob("stages/*")} == {*stages}
     for pipeline in (folder / "pipeline", *folder.glob("stages/*")):  # model cards; the licence is the teacher's
-        card, steps = (pipeline / "README.md").read_text(), {"v": 8, "gc": 8, "pipeline": config["student_steps"]}
+        card, steps = (
+            (pipeline / "README.md").read_text(encoding="utf-8"),
+            {"v": 8, "gc": 8, "pipeline": config["student_steps"]},
+        )
         assert "\nlicense: openrail\n" in card and f"| teacher | {teacher_folder} |" in card
         assert f"num_inference_steps={steps.get(pipeline.name, pipeline.name)}" in card
-    assert ("| paired_error |" in (folder / "pipeline" / "README.md").read_text()) == bool(stages)
+    assert ("| paired_error |" in (folder / "pipeline" / "README.md").read_text(encoding="utf-8")) == bool(stages)
     networks = [teacher_folder, *[folder / "stages" / stage for stage in stages], folder / "pipeline"]
     weights = [*map(weights_of, networks)]  # each stage starts from the one before, the last one is the pipeline
     moved = [distance(after, before) for before, after in pairwise(weights)]
@@ -247,7 +234,7 @@ def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, d
     error, that to the stage which taught it, reflected too."""
     captions, z = open_rows(str(data)).held_out, noise_of(range(4), (4, 8, 8), seed=1)
     w = 2 + 3 * torch.rand(4, generator=torch.Generator().manual_seed(1))
-    support = common.load_state(last_checkpoint(finished("pd_ddil") / "checkpoints") / "rank-0.pt")["support"]
+    support = common.load_state(checkpoints_of(finished("pd_ddil") / "checkpoints")[-1] / "rank-0.pt")["support"]
 
     def end_points(stage, steps, w, support=None):
         pipe = load_pipeline(str(finished("pd_ddil") / "stages" / stage))
@@ -303,16 +290,19 @@ def flip_byte(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, teacher_folder, data, capsys):
+def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, teacher_folder, data, capsys, like_windows):
     """For the one before it, with the same result; if that is damaged too, the run is refused and left alone."""
     flags = arguments("lcm_ddil", teacher_folder, data, tmp_path / "run", "--save_every", 2)
     run_here(*flags, script="lcm_ddil.py")
     expected = weights_of(tmp_path / "run" / "pipeline")
     newest, before = (sorted((tmp_path / "run" / "checkpoints").iterdir())[i] for i in (-1, -2))
     DAMAGES[damage](newest)
+    shutil.copytree(before, tmp_path / "run" / "checkpoints" / "00000099-mine")
+    (tmp_path / "run" / "pipeline" / "notes.txt").write_text("mine")
     run_here("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
     assert f"{newest} is damaged; going on from {before}" in capsys.readouterr().out
     assert distance(weights_of(tmp_path / "run" / "pipeline"), expected) == 0
+    assert (tmp_path / "run" / "pipeline" / "notes.txt").read_text() == "mine"
     for checkpoint in filter(common.is_whole, (tmp_path / "run" / "checkpoints").iterdir()):
         DAMAGES[damage](checkpoint)
     assert "those before it are damaged" in refusal("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
@@ -364,11 +354,8 @@ def test_compiled_blocks_have_few_shapes(script, tmp_path, teacher_folder, data,
     flags = ["--teacher", teacher_folder, "--data", data, "--output_dir", tmp_path / "run", "--compile"]
     flags += ["--global_batch_size", 4, "--warmup", 1, "--max_updates", 30, "--save_every", 1000]
     run_here(*flags, *ALL_SOURCES[script].split(), script=f"{script}.py")
-    assert not counters["graph_break"]
-    assert graphs
-    for counts in graphs.values():
-        assert counts[0] > 0
-        assert counts[8] == counts[-1], graphs
+    assert not counters["graph_break"] and graphs
+    assert all(counts[0] > 0 and counts[8] == counts[-1] for counts in graphs.values()), graphs
 
 
 @pytest.mark.parametrize("script", [*FLAGS, LORA])
@@ -378,12 +365,8 @@ def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monke
     compiled, compile_module, weights, name = [], torch.nn.Module.compile, {}, script.split()[0]
     noted = lambda module, **settings: compiled.append(module) or compile_module(module, **settings)
     monkeypatch.setattr(torch.nn.Module, "compile", noted)
-    for way, flag in (
-        ("plain", []),
-        ("compiled", ["--compile"]),
-        ("strict", ["--gradient_checkpointing"]),
-        ("bf16", []),
-    ):
+    ways = {"plain": [], "compiled": ["--compile"], "strict": ["--gradient_checkpointing"], "bf16": []}
+    for way, flag in ways.items():
         folder, log = tmp_path / way, tmp_path / f"{way}.log"
         flags = arguments(script, teacher_folder, data, folder, *FEWER[name].split(), *flag)
         if way in ("strict", "bf16"):
@@ -406,6 +389,7 @@ def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monke
 # --- interrupted runs ---
 
 
+@posix
 @pytest.mark.parametrize("script, ranks", [
     *product([*FLAGS, "lcm_ddil --streaming", LORA], [1]), *product([*SHORT, LORA], [2]),
 ])  # fmt: skip
@@ -426,7 +410,7 @@ def test_interrupted_run_is_the_same_run(script, ranks, finished, tmp_path, teac
         assert code == (-signal.SIGKILL if is_killed else 0), (stop, log.read_text())
         if stop and not is_killed:
             (saved,) = re.findall(r"stopped after update (\d+): saved", log.read_text())
-            assert int(last_checkpoint(folder / "checkpoints").name.rstrip("+")) == int(saved)
+            assert int(checkpoints_of(folder / "checkpoints")[-1].name.rstrip("+")) == int(saved)
         flags = ["--resume", "--output_dir", folder]
     assert "resuming at update" in log.read_text()
     assert_same_run(folder, finished(script, ranks))
@@ -442,7 +426,7 @@ def test_ranks_are_in_step_and_apart(script, finished):
     assert first["forwards"] == second["forwards"] and shown == pytest.approx([2 * n for n in first["forwards"]])
     rows = [str(row) for rank in (first, second) for row in rank["rows"][:20]]  # 40 images: an epoch
     assert len({*rows}) == len(rows) == 40
-    ours, theirs = (torch.load(last_checkpoint(folder / "checkpoints") / f"rank-{rank}.pt") for rank in range(2))
+    ours, theirs = (torch.load(checkpoints_of(folder / "checkpoints")[-1] / f"rank-{rank}.pt") for rank in range(2))
     assert torch.equal(ours["shared"], theirs["shared"]) and not torch.equal(ours["noise"], theirs["noise"])
 
 
@@ -459,8 +443,8 @@ def test_non_finite_loss_stops_all_ranks(script, update, tmp_path, teacher_folde
     assert launch(log, f"{script}.py", *flags, ranks=2) == [1, 1], log.read_text()
     words = rf"update {update}: the (student's loss.*|gradient's norm) is (nan|inf); stopped"
     assert re.search(words, log.read_text()), log.read_text()
-    last = last_checkpoint(tmp_path / "run/checkpoints")
-    assert (last and last.name) == (None if update == 1 else "00000002+")
+    names = [checkpoint.name for checkpoint in checkpoints_of(tmp_path / "run/checkpoints")]
+    assert names[-1:] == ([] if update == 1 else ["00000002+"])
 
 
 # --- bad input: one clear line before anything is written ---
@@ -549,6 +533,7 @@ def test_another_run_leaves_the_folder_alone(flags, line, finished, tmp_path, te
         assert "world_size: saved 1, now 2" in (tmp_path / "log").read_text() and contents(folder) == before
 
 
+@posix
 def test_two_runs_in_one_folder(finished, tmp_path, teacher_folder, data):
     """The second one is refused for as long as the first one's process lives."""
     folder = finished("lcm_ddil")
@@ -563,14 +548,49 @@ def test_two_runs_in_one_folder(finished, tmp_path, teacher_folder, data):
         first.kill()
 
 
+SOMEONE_S = ["notes.txt", "checkpoints/best/student.pt", "checkpoints/00000006-mine/student.pt", "samples/mine.png"]
+SOMEONE_S += ["pipeline.old/model.safetensors", "stages/mine/notes.txt"]
+
+
+def test_overwrite_deletes_what_a_run_made_and_nothing_else(finished, tmp_path, teacher_folder, data):
+    run = shutil.copytree(finished("lcm_ddil"), tmp_path / "run")
+    (run / "checkpoints" / "00000099").mkdir()  # of a longer run
+    for file in map(run.joinpath, SOMEONE_S):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    run_here(*arguments("lcm_ddil", teacher_folder, data, run, "--overwrite"), script="lcm_ddil.py")
+    assert_same_run(run, finished("lcm_ddil"))
+    assert all((run / name).read_text() == "mine" for name in SOMEONE_S)
+    assert [path.name for path in checkpoints_of(run / "checkpoints")] == ["00000006", "00000009"]
+
+
 def test_folder_that_is_no_run_is_never_deleted(tmp_path, teacher_folder, data):
-    (tmp_path / "chapter.txt").write_text("all there is")
+    (tmp_path / "config.json").write_text("all there is")  # of a model, say
     for flags in ([], ["--overwrite"], ["--resume"]):
         assert str(tmp_path) in refusal(*arguments("pd_ddil", teacher_folder, data, tmp_path, *flags))
-    assert str(tmp_path / "chapter.txt") in refusal(
-        *arguments("pd_ddil", teacher_folder, data, tmp_path / "chapter.txt")
-    )
+    flags = arguments("pd_ddil", teacher_folder, data, tmp_path / "config.json")
+    assert str(tmp_path / "config.json") in refusal(*flags)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["all there is"]
+
+
+def test_an_apple_gpu_is_taken_if_asked_for(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "mps")
+    for name in ("is_available", "is_built"):
+        monkeypatch.setattr(torch.backends.mps, name, lambda: True)
+    for device in ("mps", "cpu"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert common.start_accelerator().device.type == device
+        monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")
+
+
+def test_captions_outside_ascii_where_the_locale_is_ascii(tmp_path, teacher_folder):
+    (folder := tmp_path / "data").mkdir()
+    for i in range(20):
+        Image.new("RGB", (32, 32), (9 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"{i} grüne 猫", encoding="utf-8")
+    flags = arguments("lcm_ddil", teacher_folder, folder, tmp_path / "run", "--updates", 2)
+    process = run_script(*flags, script="lcm_ddil.py", env=ASCII)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("flag, words", [
@@ -589,34 +609,24 @@ def test_reports_write_no_run(flag, words, tmp_path, teacher_folder, data, capsy
 
 # --- README and the maps: words that must not outlive the code ---
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_readme_s_two_commands(tmp_path):
-    """They are on its first screen, CI's, and run as printed: here with fewer updates and fewer prompts to evaluate."""
+def test_readme_s_two_commands(tmp_path, like_windows):
+    """They are on its first screen, CI's, and run as printed: here with fewer updates and fewer prompts to evaluate, as on
+    Windows, in a folder whose name a terminal cannot print."""
     run, test = re.findall(r"^    (pip install .*)$", "\n".join(README.splitlines()[:20]), flags=re.MULTILINE)
     assert f'command="{test}"' in (ROOT / ".ci/run").read_text() and test.endswith("&& pytest")
+    assert {f"- run: {run}", f"- run: {test}"} <= {*map(str.strip, (ROOT / ".github/workflows/tests.yml").open())}
     command, *flags = shlex.split(run.partition(" && accelerate launch ")[2])
     launcher = ["-m", "accelerate.commands.launch"]
-    fewer = [
-        "--max_updates",
-        1,
-        "--reflect",
-        "none",
-        "--global_batch_size",
-        8,
-        "--eval_prompts",
-        4,
-        "--teacher_steps",
-        8,
-        "--no-cache_latents",
-        "--output_dir",
-        tmp_path / "run",
-    ]
-    process = run_script(*flags, *fewer, script=command, launcher=launcher)
+    fewer = "--max_updates 1 --reflect none --global_batch_size 8 --eval_prompts 4 --teacher_steps 8 --no-cache_latents"
+    run = tmp_path / "a folder" / ("ü" if os.name == "nt" else "ü\\n") / "run"
+    flags += [*fewer.split(), "--output_dir", run]
+    process = run_script(*flags, script=command, launcher=launcher, env=like_windows | {"PYTHONIOENCODING": "ascii"})
     assert process.returncode == 0 and "done:" in process.stdout, process.stderr
     (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(snippet.replace("runs/pd_ddil-tiny", str(tmp_path / "run")), names := {})  # noqa: S102
+    exec(snippet.replace('"runs/pd_ddil-tiny/pipeline"', repr(str(run / "pipeline"))), names := {})  # noqa: S102
     assert names["image"].size == (32, 32)
 
 
@@ -638,7 +648,7 @@ def test_commands_flags_files_and_readings_of_readme_exist(capsys):
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
     files = re.findall(r"^\| `(\w+[./]\w+)` \|", README, flags=re.MULTILINE)
     assert links and files and all((ROOT / name).exists() for name in links + files)
-    code = "".join((ROOT / f"{name}.py").read_text() for name in ("common", "evaluate", *FLAGS))
+    code = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in ("common", "evaluate", *FLAGS))
     assert {*re.findall(r"\[D(\d+)\]", code)} <= {*re.findall(r"^\| D(\d+) \|", README, flags=re.MULTILINE)}
 
 

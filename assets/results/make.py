@@ -5,6 +5,7 @@ pd.csv, lcm.csv, dmd2.csv: a row for each run and number of steps; shift.csv: fo
 """
 
 import csv
+import sys
 from collections import defaultdict
 from itertools import product
 from math import log2
@@ -233,11 +234,12 @@ def by_steps(rows: list[dict]) -> None:
 
 
 def read(name: str) -> list[dict]:
-    with (Path(__file__).parent / name).open(newline="") as file:
+    with (Path(__file__).parent / name).open(newline="", encoding="utf-8") as file:
         return [*csv.DictReader(file)]
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # for README, whatever the terminal's
     table = read("pd.csv")
     headline(table)
     by_updates(table)

