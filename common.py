@@ -646,7 +646,9 @@ def version_of(files: Iterable, *code: Callable) -> str:
     """A cache's key for what code makes of files: another one where a file's size or time or the code has changed."""
     digest = hashlib.sha256(repr([IMAGE_KINDS, CAPTION_COLUMNS, *map(inspect.getsource, code)]).encode())
     for file in files:
-        found = os.stat(file) if os.path.exists(file) else None
+        found = None
+        with suppress(OSError, ValueError):  # missing, or no file's name
+            found = os.stat(file)
         digest.update(repr((str(file), found and (found.st_size, found.st_mtime_ns))).encode())
     return digest.hexdigest()[:16]
 
@@ -669,7 +671,6 @@ def tar_rows(tars: list[str], caption: str | None, version: str):
     import tarfile
     import zlib
 
-    row = partial(row_of, caption=caption)
     for file in tars:
         key, sample, before = None, {}, []
         try:
@@ -680,7 +681,7 @@ def tar_rows(tars: list[str], caption: str | None, version: str):
                     if sample and (start != key or kind in sample):
                         before.append(sample)
                         if start != key or len(sample) > 1 or len(before) == 64:
-                            yield from map(row, before)
+                            yield from (row_of(sample, caption) for sample in before)
                             before = []
                         sample = {}
                     key = start
@@ -690,7 +691,7 @@ def tar_rows(tars: list[str], caption: str | None, version: str):
                         sample[kind] = tar.extractfile(member).read()
         except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             print(f"warning: --data {file}: is cut short or no tar ({error})", file=sys.stderr, flush=True)
-        yield from map(row, filter(None, [*before, sample]))
+        yield from (row_of(sample, caption) for sample in [*before, sample] if sample)
 
 
 def read_tars(files: list[Path], streaming: bool, caption: str | None):

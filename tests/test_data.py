@@ -124,12 +124,11 @@ LAYOUTS = {
     "tars in folders": lambda folder: write_tar(folder / "a" / "b" / "0.tar", pairs()),
     "several images": lambda folder: write_tar(folder / "0.tar", several_images(folder)),
     "tar.gz": lambda folder: write_tar(folder / "0.tar.gz", pairs(text=lambda c: {"txt": f"\ufeff{c}"})),
-    "tgz": lambda folder: write_tar(folder / "0.TGZ", pairs()),
-    "caption members": lambda folder: write_tar(folder / "0.tar", pairs(text=lambda c: {"caption": c})),
+    "tgz, caption members": lambda folder: write_tar(folder / "0.TGZ", pairs(text=lambda c: {"caption": c})),
     "imagefolder, jsonl": imagefolder,
     "imagefolder, csv": lambda folder: imagefolder(folder, "csv"),
     "imagefolder, parquet": lambda folder: imagefolder(folder, "parquet"),
-    "image and txt": lambda folder: files(folder, text=".txt"),
+    "image and txt": lambda folder: (files(folder, text=".txt"), write(folder / ".cache" / "x.tar", b"")),  # hidden
     "image and caption, in folders": lambda folder: files(folder, lambda i: f"{i % 3}_digit/{i:03d}.png", ".caption"),
     "JPG and TXT": lambda folder: files(folder, lambda i: f"{i}.JPG", text=".TXT"),
     "json of captions": json_beside,
@@ -153,7 +152,6 @@ LAYOUTS = {
     ),
     "save_to_disk": saved_to_disk,
     "splits": lambda folder: [table(folder, f"{split}-00000-of-00001.parquet") for split in ("train", "validation")],
-    "hidden files beside": lambda folder: (files(folder, text=".txt"), write(folder / ".cache" / "x.tar", b"")),
 }
 
 
