@@ -14,6 +14,7 @@ import copy
 import csv
 import gc
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -27,7 +28,7 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -683,7 +684,7 @@ class PromptEncoder:
 HELD_OUT = 256  # captions, where the data have no test split
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 IMAGE_COLUMNS = ("image", "img", *IMAGE_KINDS, "bytes", "image_bytes", "file_name", "image_path", "path", "file")
-CAPTION_COLUMNS = ("caption", "text", "txt", "prompt")
+CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "captions")
 TABLES = {"parquet": "parquet", "jsonl": "json", "csv": "csv"}  # kinds of file: the library's readers
 
 
@@ -693,61 +694,85 @@ def column_of(names: Iterable[str], usual: Sequence[str]) -> str | None:
     return next((there[name] for name in usual if name in there), None)
 
 
+def version_of(files: Iterable, *code: Callable) -> str:
+    """A cache's key for what code makes of files: another one where a file's size or time or the code has changed."""
+    digest = hashlib.sha256(repr([IMAGE_KINDS, CAPTION_COLUMNS, *map(inspect.getsource, code)]).encode())
+    for file in files:
+        found = None
+        with suppress(OSError, ValueError):  # missing, or no file's name
+            found = os.stat(file)
+        digest.update(repr((str(file), found and (found.st_size, found.st_mtime_ns))).encode())
+    return digest.hexdigest()[:16]
+
+
+def row_of(sample: dict, caption: str | None) -> dict:
+    """Of contents by kind, as in tars: the first image, and the text, else the usual field of the json; or a named field."""
+    fields = {}
+    with suppress(ValueError):
+        fields = json.loads(sample.get("json", b"{}"))
+    fields = fields if isinstance(fields, dict) else {"caption": fields}
+    fields |= {kind: sample[kind].decode("utf-8-sig", "replace") for kind in ("txt", "caption") if kind in sample}
+    text = fields.get(caption or column_of(fields, ("txt", *CAPTION_COLUMNS)))
+    text = caption_of(text, 0) if isinstance(text, list) else text and str(text)
+    return {"image": next((sample[k] for k in sample if k in IMAGE_KINDS), None), caption or "caption": text}
+
+
 def tar_rows(tars: list[str], caption: str | None, version: str):
     """Rows of tars whose members are grouped by name (0001.jpg, 0001.txt, 0001.json), as img2dataset and webdataset
     write them; the caption from text, else from json. `version` only names the contents, for the library's cache."""
     import tarfile
-
-    def row(sample: dict[str, bytes]) -> dict:
-        try:
-            fields = json.loads(sample.get("json", b"{}"))
-            fields = fields if isinstance(fields, dict) else {}
-        except ValueError:
-            fields = {}
-        fields |= {kind: text.decode("utf-8", "replace") for kind, text in sample.items() if kind in ("txt", "caption")}
-        text = fields.get(caption or column_of(fields, ("txt", *CAPTION_COLUMNS)))
-        return {"image": next((sample[k] for k in IMAGE_KINDS if k in sample), None), "caption": text and str(text)}
+    import zlib
 
     for file in tars:
-        key, sample = None, {}
+        key, sample, before = None, {}, []
         try:
             with tarfile.open(file) as tar:
                 for member in filter(tarfile.TarInfo.isfile, tar):  # read, and never written anywhere
                     folder, _, name = member.name.rpartition("/")
                     start, kind = (folder, name.partition(".")[0]), name.rpartition(".")[2].lower()
                     if sample and (start != key or kind in sample):
-                        yield row(sample)
+                        before.append(sample)
+                        if start != key or len(sample) > 1 or len(before) == 64:
+                            yield from (row_of(sample, caption) for sample in before)
+                            before = []
                         sample = {}
                     key = start
                     if kind in (*IMAGE_KINDS, "txt", "caption", "json"):
+                        if before and kind not in IMAGE_KINDS and name.count(".") == 1:
+                            sample, before = before[0], []  # 1.json after 1.0.jpg, 1.1.jpg: the first is its image
                         sample[kind] = tar.extractfile(member).read()
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             print(f"warning: --data {file}: is cut short or no tar ({error})", file=sys.stderr, flush=True)
-        if sample:
-            yield row(sample)
+        yield from (row_of(sample, caption) for sample in [*before, sample] if sample)
 
 
 def read_tars(files: list[Path], streaming: bool, caption: str | None):
     import datasets
 
-    features = datasets.Features(image=datasets.Value("large_binary"), caption=datasets.Value("string"))
-    version = repr([(file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    features = {"image": datasets.Value("large_binary"), caption or "caption": datasets.Value("string")}
+    version = version_of(files, tar_rows, row_of, caption_of, column_of)
     settings = {"tars": [*map(str, files)], "caption": caption, "version": version}
     kind = datasets.IterableDataset if streaming else datasets.Dataset
-    return kind.from_generator(tar_rows, features=features, gen_kwargs=settings)
+    return kind.from_generator(tar_rows, features=datasets.Features(features), gen_kwargs=settings)
 
 
-def read_images(files: list[Path], streaming: bool, caption: str | None):
-    """Image files with a text of the same name beside each (.txt, .caption), or with none."""
+def read_images(files: list[Path], streaming: bool, caption: str | None, beside: list[Path]):
+    """Image files, with captions from files of the same name beside them, as in tars, or from a json {file: caption} or
+    {file: {"caption": caption}}; in it a file is named as seen from there, with or without its ending."""
     import datasets
 
-    def text(file: Path) -> str | None:
-        beside = [file.with_suffix(end) for end in (".txt", ".caption") if file.with_suffix(end).is_file()]
-        return beside[0].read_text(encoding="utf-8", errors="replace") if beside else None
-
-    columns = {"image": [*map(str, files)], "caption": [text(file) for file in files]}
-    features = datasets.Features(image=datasets.Value("string"), caption=datasets.Value("string"))
-    rows = datasets.Dataset.from_dict(columns, features=features)
+    samples = {file.with_suffix(""): {} for file in files}
+    for file in beside:
+        sample, kind = samples.get(file.with_suffix("")), file.suffix[1:].lower()
+        if sample is not None and (kind != "json" or caption or not sample):
+            sample[kind] = file.read_bytes()
+        elif sample is None and kind == "json":
+            with suppress(ValueError, AttributeError):  # it holds something else
+                for name, entry in json.loads(file.read_bytes()).items():
+                    path = Path(os.path.normpath(file.parent / name.replace("\\", "/")))
+                    samples.get(path, samples.get(path.with_suffix(""), {}))["json"] = json.dumps(entry).encode()
+    all_of = lambda file: {file.suffix[1:].lower(): str(file)} | samples[file.with_suffix("")]
+    rows = datasets.Dataset.from_list([row_of(all_of(file), caption) for file in files])
     return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
 
 
@@ -760,11 +785,11 @@ def read_tables(files: list[Path], streaming: bool, caption: str | None):
         groups.setdefault((file.parent, TABLES[file.suffix[1:].lower()]), []).append(str(file))
     parts = []
     for (folder, kind), group in groups.items():
-        rows = datasets.load_dataset(kind, data_files=group, split="train", streaming=streaming)
+        rows = datasets.load_dataset(kind, version_of(group), data_files=group, split="train", streaming=streaming)
         features = rows.features or rows._resolve_features().features
         path = column_of(features, IMAGE_COLUMNS)
         if path and getattr(features[path], "dtype", "").endswith("string"):
-            full = lambda row, path=path, at=folder: {path: row[path] and str(at / row[path])}
+            full = lambda row, path=path, at=folder: {path: row[path] and str(at / row[path].replace("\\", "/"))}
             rows = rows.map(full, features=features)
         parts.append(rows)
     return datasets.concatenate_datasets(parts)
@@ -774,7 +799,7 @@ def read_prompts(files: list[Path], streaming: bool, caption: str | None):
     """Text files of prompts, one a line."""
     import datasets
 
-    lines = [line for file in files for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
     rows = datasets.Dataset.from_dict({"caption": [line for line in lines if line.strip()]})
     return rows.to_iterable_dataset(num_shards=1) if streaming else rows
 
@@ -787,6 +812,8 @@ def read_path(path: Path, what: str, streaming: bool, caption: str | None) -> tu
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
         splits = {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
+        for rows in splits.values():  # saved anew they may bear the same name
+            rows._fingerprint = version_of(part["filename"] for part in rows.cache_files)
         if streaming:
             splits = {name: rows.to_iterable_dataset(min(64, len(rows))) for name, rows in splits.items()}
         return splits, "save_to_disk"
@@ -794,23 +821,23 @@ def read_path(path: Path, what: str, streaming: bool, caption: str | None) -> tu
     files = {}
     for file in names:
         if not any(part.startswith(".") for part in file.relative_to(path).parts):
-            files.setdefault(file.suffix[1:].lower(), []).append(file)
+            kind = "tgz" if file.name.lower().endswith(".tar.gz") else file.suffix[1:].lower()
+            files.setdefault(kind, []).append(file)
     of = lambda kinds: sorted(file for kind in kinds for file in files.get(kind, []))
-    readers = ((read_tars, ["tar"]), (read_tables, TABLES), (read_images, IMAGE_KINDS), (read_prompts, ["txt"]))
-    found = next(((reader, kinds) for reader, kinds in readers if of(kinds)), None)
+    images = partial(read_images, beside=[*of(["txt", "caption"]), *of(["json"])])
+    readers = ((read_tars, ["tar", "tgz"]), (read_tables, TABLES), (images, IMAGE_KINDS), (read_prompts, ["txt"]))
+    reader, kinds = next(((reader, kinds) for reader, kinds in readers if of(kinds)), (None, []))
     counts = lambda kinds: ", ".join(f"{len(files[kind])} .{kind}" for kind in kinds if kind in files) or "nothing"
-    if not found:
+    if not reader:
         wanted = "tars, tables (parquet, jsonl, csv), images, or a text file of prompts"
         raise SystemExit(f"{what}: holds {counts(files)}; it must hold {wanted}")
-    reader, kinds = found
     says_test = re.compile(r"(^|[/._-])(test|validation|valid|val)([/._-]|$)")
     is_test = lambda file: says_test.search(str(file.relative_to(path)).lower())
     splits = {"train": [f for f in of(kinds) if not is_test(f)], "test": [f for f in of(kinds) if is_test(f)]}
     if not splits["train"]:
         splits = {"train": of(kinds)}
     read = {name: reader(found, streaming, caption) for name, found in splits.items() if found}
-    used = [*kinds, *(["txt", "caption"] if reader is read_images else [])]
-    return read, f"{counts(used)}; beside it {counts(sorted(files.keys() - set(used)))}"
+    return read, f"{counts(kinds)}; beside it {counts(sorted(files.keys() - set(kinds)))}"
 
 
 @dataclass
@@ -843,16 +870,14 @@ def open_rows(
     except Exception as error:  # noqa: BLE001  the library raises many kinds, all with a usable message
         raise SystemExit(f"{flag} {name}: cannot be read as a data set ({' '.join(str(error).split())})")
     of_images = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
-    is_tar = set(features) == {"image", "caption"} and ".tar" in taken
-    found = {
-        "image": image or next(iter(of_images), column_of(features, IMAGE_COLUMNS)),
-        "caption": "caption" if is_tar else caption or column_of(features, CAPTION_COLUMNS),
-    }
+    found = {"image": image or next(iter(of_images), column_of(features, IMAGE_COLUMNS))}
+    found["caption"] = caption or column_of(features, CAPTION_COLUMNS)
+    named = {what: f"; --{what}_column names another" * (flag == "--data") for what in found}
     for what, needed in ("image", need_images), ("caption", need_captions):
         if found[what] and found[what] not in features:
             raise SystemExit(f"--{what}_column {found[what]}: {flag} {name} has the columns {list(features)}")
         if needed and not found[what]:
-            raise SystemExit(f"{flag} {name}: has no {what}s ({taken}); its columns are {list(features)}")
+            raise SystemExit(f"{flag} {name}: has no {what}s ({taken}); its columns are {list(features)}{named[what]}")
     found = {what: column for what, column in found.items() if column}
     others = [column for column in features if column not in found.values()]
     taken += f"; columns {found}" + f", and not {others}" * bool(others)
@@ -880,7 +905,8 @@ def open_rows(
         train = train.select(range(n))
     held_out = [text for text in (caption_of(value, 0) for value in held_out) if text]
     if not held_out or not streaming and len(train) == 0:
-        raise SystemExit(f"{flag} {name}: its {'training' if held_out else 'test'} split has no usable row ({taken})")
+        why = f"has no row with a caption to {'train on' if held_out else 'hold out'} ({taken})"
+        raise SystemExit(f"{flag} {name}: {why}{named['caption']}")
     return Rows(columns(train), held_out, taken)
 
 
@@ -918,7 +944,7 @@ def decode(row: dict, shape: Sequence[int], draw: int = 0) -> tuple[str | None, 
 
     if "moments" in row:
         return None, row
-    sample = {"caption": caption_of(row["caption"], draw)}
+    sample = {"caption": caption_of(row["caption"], draw), "image": row.get("image")}
     if sample["caption"] is None:
         return "no caption", sample
     if "image" in row:
@@ -1064,7 +1090,7 @@ class LatentData:
         self.rows, self.prompts, self.batch_size, self.generator = rows, prompts, batch_size, generator
         self.vae, self.scaling = pipe.vae.to(prompts.device), pipe.vae.config.scaling_factor
         self.latents, self.shape, self.seed = latent_shape(pipe), image_shape(pipe), seed
-        self.seen, self.unusable = 0, Counter()
+        self.seen, self.unusable, self.first = 0, Counter(), {}  # the first one, by reason
         self.threads, self.ahead = ThreadPoolExecutor(), deque()  # (position, row, which caption, its decoding)
         is_stream = not hasattr(rows, "select")
         if cache and not is_stream:
@@ -1114,6 +1140,8 @@ class LatentData:
                 samples.append(sample)
                 continue
             self.unusable[reason] += 1
+            file = sample["image"] if isinstance(sample["image"], str) else None
+            self.first.setdefault(reason, f", first {file}" if file else "")
             n, among = self.unusable.total(), f"among the first {self.seen} samples of a process"
             if n.bit_count() == 1:  # the 1st, 2nd, 4th, 8th, ...
                 print(f"warning: --data: skipped {self.reasons()} {among}", file=sys.stderr, flush=True)
@@ -1126,7 +1154,7 @@ class LatentData:
         return self.usable(self.threads.map(partial(decode, shape=self.shape), rows_of_columns(columns)))
 
     def reasons(self) -> str:
-        return ", ".join(f"{n} x {reason}" for reason, n in self.unusable.items()) or "no sample at all"
+        return ", ".join(f"{n} x {why}{self.first[why]}" for why, n in self.unusable.items()) or "no sample at all"
 
     @torch.no_grad()
     def encode(self, samples: list[dict]) -> tuple[Tensor, Tensor]:
@@ -1168,11 +1196,10 @@ class LatentData:
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
         """Of n random samples, or of all if there are fewer; of a stream, of its first ones. The same on all ranks."""
+        rows = self.rows.take(n)
         if hasattr(self.rows, "select"):
             order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(0))[:n].tolist()
             rows = (self.rows[i] for i in order)
-        else:
-            rows = iter(self.rows.take(n))
         decoded, latents = ahead(self.threads, partial(decode, shape=self.shape), rows), []
         while batch := [*islice(decoded, self.batch_size)]:
             if samples := self.usable(batch):
@@ -1191,8 +1218,14 @@ def make_cache(data: LatentData, rank: int, n_ranks: int):
         moments, ids = data.encode(samples) if samples else (torch.empty(0, 1), torch.empty(0, 1).long())
         return {"moments": moments.flatten(1).cpu().numpy(), "ids": ids.flatten(1).numpy()}
 
+    table = data.rows.data.flatten()  # {"bytes", "path"} become columns of their own
+    columns = [table.column(name) for name in ("image", "image.path") if name in table.column_names]
+    chunks = (chunk for column in columns if "string" in str(column.type) for chunk in column.chunks)
+    files = (path for chunk in chunks for path in chunk.to_pylist() if path)
+    images = version_of(files, open_image, decode, LatentData.encode)
+    words = [sorted(tokenizer.get_vocab().items()) for tokenizer in data.prompts.tokenizers]
     tokens = data.prompts.tokenize(["a red 7"]).tolist()
-    key = f"{seed_of(fingerprint(data.vae), data.rows._fingerprint, data.shape, tokens):08x}"
+    key = f"{seed_of(fingerprint(data.vae), data.rows._fingerprint, images, data.shape, words, tokens):08x}"
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddil-latents" / key
     folder.mkdir(parents=True, exist_ok=True)
     types = {"moments": datasets.List(datasets.Value("float32")), "ids": datasets.List(datasets.Value("int64"))}

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tarfile
-import zipfile
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from toys import max_error, seeded
+from transformers import CLIPTokenizer
 
 import common
 from common import LatentData, PromptEncoder, StreamedRows, decode, load_pipeline, open_image, open_rows, with_guidance
@@ -37,7 +38,7 @@ def picture(i: int, kind="PNG") -> bytes:
 def write_tar(file, members) -> None:
     """Members: (name, bytes)."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as tar:
+    with tarfile.open(file, "w:gz" if file.name.endswith("gz") else "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -65,11 +66,11 @@ def table(folder, file="train.parquet", image="image", caption="caption", values
 
 
 def files(folder, name=lambda i: f"{i:04d}.png", text=None) -> list[str]:
-    """Image files, with a text beside each of this ending."""
+    """Image files, with a text beside each of this ending. The text begins with a BOM, as from Windows."""
     for i, caption in enumerate(CAPTIONS):
         write(folder / name(i), picture(i))
         if text:
-            write((folder / name(i)).with_suffix(text), caption)
+            write((folder / name(i)).with_suffix(text), f"\ufeff{caption}".encode())
     return [name(i) for i in range(24)]
 
 
@@ -86,17 +87,26 @@ def imagefolder(folder, kind="jsonl"):
     table(folder / "train", f"metadata.{kind}", image="file_name", values=names)
 
 
-def splits(folder):
-    table(folder, "data/train-00000-of-00001.parquet".replace("data/", ""))
-    table(folder, "validation-00000.parquet")
+def json_beside(folder, name="{i:04d}.png", entry=lambda caption: caption, start="."):
+    """Image files, and all captions in one json, in another folder for a start."""
+    files(folder)
+    entries = {name.format(i=i, folder=folder): entry(caption) for i, caption in enumerate(CAPTIONS)}
+    write(folder / start / "captions.json", json.dumps(entries))
 
 
-def nested(folder):
+def several_images(folder):
     for i, caption in enumerate(CAPTIONS):
-        write(folder / f"{i % 3}_digit" / f"{i:03d}.png", picture(i))
-        write(folder / f"{i % 3}_digit" / f"{i:03d}.caption", caption)
+        yield from ((f"{i:04d}.{k}.png", picture(abs(i - k))) for k in range(3))
+        yield f"{i:04d}.json", json.dumps({"caption": caption}).encode()
 
 
+def saved_to_disk(folder):
+    """Under a name that does not follow the contents, as with data sets made by a function."""
+    datasets.Dataset.from_dict({"image": [picture(i) for i in range(24)], "caption": CAPTIONS}).save_to_disk(folder)
+    change_json(folder / "state.json", _fingerprint="same")
+
+
+in_folder = lambda folder: files(folder, lambda i: f"images/{i}.png")
 json_of = lambda key: lambda caption: {"json": json.dumps({key: caption, "score": 0.5})}
 mixed = lambda i: ("jpg", "png", "webp", "JPEG")[i % 4]
 LAYOUTS = {
@@ -112,29 +122,36 @@ LAYOUTS = {
     ),
     "absolute and .. names": lambda folder: write_tar(folder / "0.tar", pairs(start="/../../tmp/evil/")),
     "tars in folders": lambda folder: write_tar(folder / "a" / "b" / "0.tar", pairs()),
-    "caption members": lambda folder: write_tar(folder / "0.tar", pairs(text=lambda c: {"caption": c})),
+    "several images": lambda folder: write_tar(folder / "0.tar", several_images(folder)),
+    "tar.gz": lambda folder: write_tar(folder / "0.tar.gz", pairs(text=lambda c: {"txt": f"\ufeff{c}"})),
+    "tgz, caption members": lambda folder: write_tar(folder / "0.TGZ", pairs(text=lambda c: {"caption": c})),
     "imagefolder, jsonl": imagefolder,
     "imagefolder, csv": lambda folder: imagefolder(folder, "csv"),
     "imagefolder, parquet": lambda folder: imagefolder(folder, "parquet"),
-    "image and txt": lambda folder: files(folder, text=".txt"),
-    "image and caption, in folders": nested,
+    "image and txt": lambda folder: (files(folder, text=".txt"), write(folder / ".cache" / "x.tar", b"")),  # hidden
+    "image and caption, in folders": lambda folder: files(folder, lambda i: f"{i % 3}_digit/{i:03d}.png", ".caption"),
+    "JPG and TXT": lambda folder: files(folder, lambda i: f"{i}.JPG", text=".TXT"),
+    "json of captions": json_beside,
+    "kohya's json": lambda folder: json_beside(folder, "{i:04d}", lambda c: {"tags": "no", "caption": c}),
+    "json, absolute paths": lambda folder: json_beside(folder, "{folder}/{i:04d}.png"),
+    "json elsewhere": lambda folder: json_beside(folder, "..\\{i:04d}.png", start="meta"),
     "parquet of images": lambda folder: datasets.Dataset.from_dict(
         {"image": [{"bytes": picture(i), "path": None} for i in range(24)], "text": CAPTIONS},
         features=datasets.Features(image=datasets.Image(), text=datasets.Value("string")),
     ).to_parquet(folder / "train.parquet"),
     "parquet of structs": table,
     "parquet of bytes": lambda folder: table(folder, image="jpg", values=[picture(i) for i in range(24)]),
-    "TEXT in capitals": lambda folder: table(folder, caption="TEXT", image="IMAGE"),
-    "paths in jsonl": lambda folder: table(folder, "train.jsonl", values=files(folder, lambda i: f"images/{i}.png")),
-    "paths in csv": lambda folder: table(folder, "all.csv", image="path", values=files(folder, lambda i: f"i/{i}.png")),
+    "paths in jsonl": lambda folder: table(folder, "train.jsonl", values=in_folder(folder)),
+    "paths in csv": lambda folder: table(folder, "all.csv", image="path", values=in_folder(folder)),
+    "backslashes": lambda folder: table(folder, "a.csv", values=[n.replace("/", "\\") for n in in_folder(folder)]),
     "absolute paths": lambda folder: table(folder, values=[str(folder / name) for name in files(folder)]),
     "lists of captions": lambda folder: table(folder, caption="captions", prompt=[[c, c] for c in CAPTIONS]),
-    "more columns": lambda folder: table(folder, score=[0.5] * 24, url=["u"] * 24),
-    "save_to_disk": lambda folder: datasets.Dataset.from_dict(
-        {"image": [picture(i) for i in range(24)], "caption": CAPTIONS}
-    ).save_to_disk(folder),
-    "splits": splits,
-    "hidden files beside": lambda folder: (files(folder, text=".txt"), write(folder / ".cache" / "x.tar", b"")),
+    "captions": lambda folder: table(folder, caption="c", captions=[[c] for c in CAPTIONS]),
+    "more columns, capitals": lambda folder: table(
+        folder, caption="TEXT", image="IMAGE", score=[0.5] * 24, url=["u"] * 24
+    ),
+    "save_to_disk": saved_to_disk,
+    "splits": lambda folder: [table(folder, f"{split}-00000-of-00001.parquet") for split in ("train", "validation")],
 }
 
 
@@ -163,7 +180,7 @@ PROMPTS = {"file": "prompts.txt", "folder": "a/prompts.txt", "table": "rows.csv"
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_prompts_alone(kind, streaming, tmp_path):
     lines = ["caption"] * (kind == "table") + [*CAPTIONS, ""]
-    write(tmp_path / PROMPTS[kind], "\n".join(lines))
+    write(tmp_path / PROMPTS[kind], "\ufeff{}".format("\n".join(lines)).encode())
     name = str(tmp_path / PROMPTS[kind] if kind == "file" else tmp_path)
     rows = open_rows(name, need_images=False, streaming=streaming)
     assert {row["caption"] for row in rows.train} == set(CAPTIONS) - set(rows.held_out)
@@ -179,26 +196,30 @@ def test_columns_can_be_named(streaming, tmp_path):
     assert "'photo'" in rows.taken
     with pytest.raises(SystemExit, match=r"--caption_column text: .*'alt'"):
         open_rows(str(tmp_path), streaming=streaming, caption="text")
-    with pytest.raises(SystemExit, match=r"has no captions .*1 .parquet.*'alt'"):
+    with pytest.raises(SystemExit, match=r"has no captions .*1 .parquet.*'alt'.*; --caption_column names another"):
         open_rows(str(tmp_path), streaming=streaming)
     write_tar(tmp_path / "tars" / "0.tar", pairs(text=json_of("alt")))
     rows = open_rows(str(tmp_path / "tars"), streaming=streaming, caption="alt")
     assert next(iter(rows.train))["caption"] in CAPTIONS
-
-
-def zip_of_zips(folder):
-    with zipfile.ZipFile(folder / "a.zip", "w") as outer:
-        outer.writestr("b.zip", b"PK")
+    json_beside(tmp_path / "images", entry=lambda c: {"tags": c, "caption": "no"})
+    assert open_rows(str(tmp_path / "images"), streaming=streaming, caption="tags").held_out[0] in CAPTIONS
 
 
 REFUSED = {  # layout, and what the line must name
     "nothing": (lambda folder: None, "holds nothing; it must hold tars"),
-    "zip of zips": (zip_of_zips, "holds 1 .zip; it must hold tars, tables"),
+    "a zip": (lambda folder: write(folder / "a.zip", b"PK"), "holds 1 .zip; it must hold tars, tables"),
     "a broken table": (lambda folder: write(folder / "a.parquet", b"PAR1"), "cannot be read as a data set"),
     "no captions": (lambda folder: table(folder, caption="c"), "has no captions (1 .parquet; beside it nothing)"),
     "no images": (lambda folder: table(folder, image="score"), "has no images"),
     "only a tar's table": (lambda folder: table(folder, image="url", values=["u"] * 24), "has no images"),
-    "images alone": (lambda folder: files(folder) and None, "no usable row (24 .png"),
+    "images alone": (
+        lambda folder: files(folder) and None,
+        "no row with a caption to hold out (24 .png; beside it nothing;",
+    ),
+    "other texts": (
+        lambda folder: files(folder) and write(folder / "a.txt", "a"),
+        "hold out (24 .png; beside it 1 .txt;",
+    ),
     "empty tar": (lambda folder: write_tar(folder / "0.tar", []), "cannot be read as a data set"),
     "symlink loop": (lambda folder: os.symlink(folder, folder / "loop"), "holds nothing"),
 }
@@ -284,6 +305,7 @@ def test_a_crawl(streaming, tmp_path, capsys):
         members += [(f"{i}.{end}", b) for end, b in (("jpg", data), ("txt", text)) if lost.get(i) != end]
     write_tar(tmp_path / "0.tar", members)
     write_tar(tmp_path / "1.tar", pairs(lambda i: "jpg", start="other"))
+    write_tar(tmp_path / "2.tar", [("x.0.png", b""), ("x.1.png", picture(1)), ("x.1.txt", b"x 1"), ("y.0.png", b"")])
     cut = (tmp_path / "1.tar").read_bytes()
     write(tmp_path / "1.tar", cut[: cut.rindex(b"\xff\xd8\xff") + 20])
     rows = open_rows(str(tmp_path), streaming=streaming)
@@ -291,7 +313,8 @@ def test_a_crawl(streaming, tmp_path, capsys):
     captions = {sample["caption"] for reason, sample in found if not reason} | set(rows.held_out)
     assert captions >= {c for i, c in enumerate(CAPTIONS) if i not in (2, 5, 7, 9, 11, 13, 15)}
     assert "caf\ufffd 7" in captions
-    assert 4 <= sum(reason is not None for reason, _ in found) <= 6  # and some that would be held out are passed over
+    assert ("x 1", 10) in {(s["caption"], s["pixels"][5, 5, 0]) for reason, s in found if not reason} or not streaming
+    assert 5 <= sum(reason is not None for reason, _ in found) <= 8  # and some that would be held out are passed over
     assert "1.tar: is cut short" in capsys.readouterr().err
 
 
@@ -409,7 +432,8 @@ def test_too_many_unusable_samples_stop_a_run(streaming, tmp_path, teacher_folde
         write(tmp_path / "train" / f"{i:03d}.png", b"no image")
     data = open_stream(tmp_path, teacher_folder, streaming)
     assert not {f"image{i}oftrain" for i in range(0, 20, 5)} & set(captions_of(data, 22))
-    assert "skipped 1 x unreadable image (UnidentifiedImageError) among" in capsys.readouterr().err
+    warning = f"skipped 1 x unreadable image (UnidentifiedImageError), first {tmp_path / 'train'}"
+    assert warning in capsys.readouterr().err
     for i in range(20, 80):
         write(tmp_path / "train" / f"{i:03d}.png", b"no image")
     with pytest.raises(SystemExit, match=r"--data: 17 among the first \d+ samples .* cannot be used: 17 x unreadable"):
@@ -429,28 +453,65 @@ def test_latents_equal_the_vae_s(teacher_folder, data_folder):
 
 
 def test_latents_on_disk_serve_later_runs(teacher_folder, data_folder, tmp_path, monkeypatch):
-    """The same batches, without asking VAE or images again; another VAE has a cache of its own; unusable samples are left
-    out."""
+    """The same batches, without asking VAE or images again."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = shutil.copytree(data_folder, tmp_path / "data")
-    plain, cached = (open_stream(folder, teacher_folder, cache=cache) for cache in (False, True))
+    plain, cached = (open_stream(data_folder, teacher_folder, cache=cache) for cache in (False, True))
     for _ in range(3):
         (x, ids), (x_cached, ids_cached) = plain.next(), cached.next()
         assert max_error(x, x_cached) < 1e-4
         assert torch.equal(ids, ids_cached)
     assert torch.equal(plain.next_ids(), cached.next_ids())
     with monkeypatch.context() as patched:
-        patched.setattr(common, "open_image", None)
-        again = open_stream(folder, teacher_folder, cache=True)
-        assert torch.equal(again.next()[1], open_stream(folder, teacher_folder, cache=True).next()[1])
-    write(folder / "train" / "003.png", b"no image")
-    other = shutil.copytree(teacher_folder, tmp_path / "teacher")
-    weights = load_file(other / "vae" / "diffusion_pytorch_model.safetensors")
-    weights = {name: 1.01 * value for name, value in weights.items()}
-    save_file(weights, other / "vae" / "diffusion_pytorch_model.safetensors")
-    changed = open_stream(folder, other, cache=True)
-    assert len(changed.rows) == 39
-    assert not np.array_equal(changed.rows[0]["moments"], cached.rows[0]["moments"])
+        patched.setattr(Image, "open", None)
+        again, once_more = (open_stream(data_folder, teacher_folder, cache=True) for _ in range(2))
+        assert torch.equal(again.next()[1], once_more.next()[1])
+
+
+FOLLOWED = ["img2dataset", "image and txt", "imagefolder, jsonl", "paths in csv", "parquet of bytes", "save_to_disk"]
+
+
+@pytest.mark.parametrize("kept", ["size", "time"])
+@pytest.mark.parametrize("layout", FOLLOWED)
+def test_latents_on_disk_follow_the_images(layout, kept, tmp_path, teacher_folder, monkeypatch):
+    """Other images under the old names, of the same size or time, in files that stay or in tables that change so."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    function, folder, times = picture, tmp_path / "data", {}
+    padded = lambda i, kind="PNG", *, start, size: function(abs(start - i), kind).ljust(size, b"\0")
+    for start, size in (0, 2000), (24, 2000 if kept == "size" else 3000):
+        monkeypatch.setitem(globals(), "picture", partial(padded, start=start, size=size))
+        LAYOUTS[layout](folder)
+        for file in filter(Path.is_file, folder.rglob("*")):
+            if kept == "time" or file.suffix in (".jsonl", ".csv"):
+                os.utime(file, ns=(times.setdefault(file, file.stat().st_mtime_ns),) * 2)
+        cached, plain = (open_stream(folder, teacher_folder, cache=cache) for cache in (True, False))
+        _, sample = decode(plain.rows[3], (32, 40))
+        assert abs(int(sample["pixels"][5, 5, 0]) - 10 * abs(start - int(sample["caption"].split()[1]))) <= 3
+        assert max_error(*(data.first_latents(9, seeded()) for data in (cached, plain))) < 1e-4
+
+
+@pytest.mark.parametrize("what", ["captions", "tokens", "code", "VAE", "unusable"])
+def test_latents_on_disk_follow_what_makes_them(what, tmp_path, teacher_folder, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, teacher = tmp_path / "data", shutil.copytree(teacher_folder, tmp_path / "teacher")
+    files(folder, text=".txt")
+    first, again = (open_stream(folder, teacher, cache=True).rows for _ in range(2))
+    assert again._fingerprint == first._fingerprint
+    if what == "captions":
+        write(folder / "0003.txt", "other")
+    elif what == "tokens":
+        (tokenizer := CLIPTokenizer.from_pretrained(teacher / "tokenizer")).add_tokens("<new>")
+        tokenizer.save_pretrained(teacher / "tokenizer")
+    elif what == "code":
+        monkeypatch.setattr(common, "open_image", lambda value: Image.open(value).convert("RGB"))
+    elif what == "VAE":
+        weights = load_file(file := teacher / "vae" / "diffusion_pytorch_model.safetensors")
+        save_file({name: 1.01 * value for name, value in weights.items()}, file)
+    else:
+        write(folder / "0003.png", b"no image")
+    changed = open_stream(folder, teacher, cache=True).rows
+    assert changed._fingerprint != first._fingerprint
+    assert len(first) - len(changed) == (what == "unusable")
+    assert np.array_equal(changed[0]["moments"], first[0]["moments"]) == (what != "VAE")
 
 
 def test_sizes_of_images_condition_sdxl(xl_folder, tmp_path):
