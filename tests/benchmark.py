@@ -9,12 +9,15 @@ pd.weak_scaling      seconds of an update in one process over those in two (DDP)
 lcm.over_diffusers   seconds of an update, and peak resident memory, over diffusers' own script on the same tars, tiny, with
                      and without cached latents. PEER=train_lcm_distill_sd_wds.py of a clone of diffusers names it; it needs
                      webdataset 0.2.86 and braceexpand, in a folder of PYTHONPATH for instance
+memory [--narrow]    GiB that are held between two updates, and at most, of all methods at the real shapes in bf16 with gradient
+                     checkpointing and cached latents: counted on tensors without values, so that it needs no GPU
 full [--narrow]      seconds of an update, model FLOP utilisation (of the device's own rate for large matrices), peak memory and
                      seconds to compile, of all methods with and without DDIL, in bf16 at the recipes' batches, with random
                      weights of the real shapes; what matters most first, so that it may be cut short. --narrow, and without
                      a GPU: small networks, to see that it runs
 """
 
+import copy
 import csv
 import gc
 import os
@@ -24,13 +27,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -327,6 +335,144 @@ def lcm_over_diffusers(rounds: int = 3, few: int = 10, many: int = 60) -> None:
 # --- real shapes ---
 
 
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors that are alive, now and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.storages = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **kwargs or {})
+        for value in tree_leaves(output):
+            if isinstance(value, torch.Tensor) and (storage := value.untyped_storage())._cdata not in self.storages:
+                self.change(storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self.change, storage._cdata, -storage.nbytes())
+        return output
+
+    def change(self, storage: int, n: int) -> None:
+        self.storages ^= {storage}
+        self.now += n
+        self.peak = max(self.peak, self.now)
+
+
+class CountedRun(common.Run):
+    """Networks as in a run, on tensors without values: no processes, no data."""
+
+    def __init__(self, args, unet, xl: bool):
+        self.args, self.pipe, self.predicts = args, SimpleNamespace(unet=unet, scheduler=None), "epsilon"
+        self.device, self.trained, self.models, self.kept = torch.device("cpu"), {}, set(), {}
+        autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+        self.accelerator = SimpleNamespace(autocast=autocast, is_fsdp2=False, mixed_precision="bf16")
+        self.schedule = common.NoiseSchedule.from_alphas_cumprod(torch.linspace(0.999, 0.005, 1000))
+        self.noise, n, width = torch.Generator(), args.batch_size, unet.config.cross_attention_dim
+        size = unet.config.sample_size
+        self.x, self.cond = torch.randn(n, 4, size, size), {"prompt": torch.randn(n, 77, width), "w": torch.ones(n)}
+        pooled = {"text_embeds": torch.randn(n, 1280), "time_ids": torch.randn(n, 6)}
+        self.cond |= pooled if xl else {}
+        self.null = {name: value[:1] for name, value in self.cond.items() if name in ("prompt", "text_embeds")}
+
+    def trainable(self, name, network):
+        network.train().enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad])
+        self.trained[name] = common.Trained(network, network, optimizer)
+        return self.trained[name]
+
+    def minimise(self, trained, losses) -> None:
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters, 1.0)
+        trained.optimizer.step()
+        trained.optimizer.zero_grad()
+
+
+def convert(module, function, recurse=True):
+    """torch's own Module._apply, that tensors without values do not bear."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                part._parameters[name] = torch.nn.Parameter(function(value.detach()), value.requires_grad)
+    return module
+
+
+def pd_update(run):
+    teacher, student = run.model(run.frozen(copy.deepcopy(run.pipe.unet))), run.trainable("student", run.pipe.unet)
+    model, t = run.model(student.network), torch.full((len(run.x),), 999)
+
+    def update():
+        z_s = pd_ddil.teacher_landing(run.schedule, teacher, run.x, t, t - 100, t - 200, run.cond, None)
+        run.minimise(student, pd_ddil.pd_step(run.schedule, model, run.x, z_s, t, t - 200, run.cond))
+
+    return update
+
+
+def lcm_update(run):
+    student, ema, teacher = lcm_ddil.networks_of(run)
+    model, t = run.model(student.network), torch.full((len(run.x),), 999)
+    target = run.model(ema or student.plain)
+
+    def update():
+        inputs = model, target, teacher, run.x, t, t - 20, run.cond, None, "huber", 0.001
+        run.minimise(student, lcm_ddil.consistency_step(run.schedule, *inputs))
+
+    return update
+
+
+def dmd2_update(run):
+    run.pipe.scheduler = SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"))
+    nets = dmd2_ddil.networks_of(run, dict.fromkeys(("teacher", "student", "fake"), run.pipe))
+    scores, t = (nets.real, nets.still_fake, nets.still_judge), torch.full((len(run.x),), 999)
+
+    def update():
+        x_g = common.consistency_function(run.schedule, nets.model, run.x, t, run.cond)
+        run.minimise(nets.student, dmd2_ddil.student_step(run.schedule, *scores, x_g, run.cond, None, 1, run.noise)[0])
+        inputs = nets.fake, nets.judge, x_g.detach(), run.x, run.cond, 1, run.noise
+        run.minimise(nets.critic, dmd2_ddil.critic_step(run.schedule, *inputs)[0])
+
+    return update
+
+
+def memory(narrow: bool) -> None:
+    """Latents are cached, so no VAE; text encoders in half precision are what a file of theirs takes."""
+    from diffusers import UNet2DConditionModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with patch.dict(os.environ):
+        from test_full_size import NARROW
+
+    text_encoders = {"sd15": 123e6, "ssd1b": 817e6, "sdxl": 817e6}  # parameters
+    lines = [("pd", "sd15", 28, 0), ("lcm", "sd15", 60, 0), ("dmd2", "sd15", 7, 0)]  # measured too
+    lines += [(method, kind, 1, rank) for kind in REAL for method, rank in product(("lcm", "dmd2"), (0, 64))]
+    lines += [("pd", kind, 1, 0) for kind in REAL]
+    for method, kind, n, rank in lines:
+        script, update_of = {
+            "pd": (pd_ddil, pd_update), "lcm": (lcm_ddil, lcm_update), "dmd2": (dmd2_ddil, dmd2_update),
+        }[method]  # fmt: skip
+        args = SimpleNamespace(**script.RECIPES["tiny"] | {"batch_size": n, "lora_rank": rank, "compile": False})
+        args.ema_decay = 0 if rank else 0.95
+        config = NARROW[kind] | ({"sample_size": 8} if narrow else REAL[kind])
+        if kind != "sd15":
+            inputs = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+            config |= inputs | {"projection_class_embeddings_input_dim": 2816}
+        config |= {
+            "cross_attention_dim": 768 if kind == "sd15" else 2048,
+            "time_cond_proj_dim": 256 if method == "pd" else None,
+        }
+        mode, deepcopy = FakeTensorMode(), copy.deepcopy
+        one_mode = patch.object(copy, "deepcopy", lambda value: deepcopy(value, {id(mode): mode}))
+        with one_mode, patch.object(torch.nn.Module, "_apply", convert), mode, LiveBytes() as live:
+            unet = UNet2DConditionModel.from_config(config | {"in_channels": 4, "out_channels": 4})
+            update = update_of(CountedRun(args, unet.requires_grad_(method == "pd"), kind != "sd15"))
+            update()  # after which the optimisers have their states
+            del unet
+            gc.collect()
+            live.peak = live.now
+            update()
+        encoders = 2 * text_encoders[kind]
+        name = f"memory.{kind}.{method}{'_lora' * bool(rank)}.batch{n}"
+        report(f"{name}.held", (live.now + encoders) / 2**30, "GiB")
+        report(f"{name}.peak", (live.peak + encoders) / 2**30, "GiB")
+
+
 def matrix_rate(device: str, n: int) -> float:
     """bf16 FLOPs a second of n x n matrices."""
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
@@ -389,6 +535,7 @@ FULL = {  # script: a process's batch, what makes an update what it is in the re
 REAL = {
     "sd15": {"block_out_channels": (320, 640, 1280, 1280), "sample_size": 64},
     "ssd1b": {"block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "sample_size": 128},
+    "sdxl": {"block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "sample_size": 128},
 }
 
 
@@ -450,6 +597,7 @@ BENCHMARKS = {
     "pd.peak_memory": peak_memory,
     "pd.weak_scaling": weak_scaling,
     "lcm.over_diffusers": lcm_over_diffusers,
+    "memory": lambda: memory("--narrow" in sys.argv),
     "full": lambda: full_size("--narrow" in sys.argv),
 }
 

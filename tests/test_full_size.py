@@ -31,10 +31,15 @@ SSD1B = {  # segmind/SSD-1B: a UNet of SDXL's family, its two halves unlike, no 
     "transformer_layers_per_block": [1, [2, 2], [4, 4]],
     "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
 }
+SDXL = SSD1B | {  # stabilityai/stable-diffusion-xl-base-1.0
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "transformer_layers_per_block": [1, 2, 10],
+    "reverse_transformer_layers_per_block": None,
+}  # fmt: skip
 NARROW = {
     "tiny": {},
     "sd15": SD15 | {"block_out_channels": (32, 64, 64, 64)},
     "ssd1b": SSD1B | {"block_out_channels": (32, 64, 64), "attention_head_dim": (1, 2, 2)},
+    "sdxl": SDXL | {"block_out_channels": (32, 64, 64), "attention_head_dim": (1, 2, 2)},
 }
 HALF = {  # half of the real widths: a few hundred million parameters
     "half sd15": SD15 | {"block_out_channels": (160, 320, 640, 640)},
