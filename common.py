@@ -1360,6 +1360,8 @@ def resolve(args, recipes: dict):
             raise SystemExit(f"--resume: {folder} holds no run (no config.json); name it by --output_dir")
         defaults = config_of(Path(folder)) | {"output_dir": folder}
         refuse_changes({name: value for name, value in given.items() if name not in FREE}, defaults)
+    if given.get("lora_rank") and not args.resume:
+        defaults = defaults | {"learning_rate": defaults["lora_learning_rate"]}
     for name in set(vars(args)) - set(given) - set(ACTIONS):
         setattr(args, name, defaults.get(name))
     for name in ("teacher", "data"):

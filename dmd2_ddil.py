@@ -343,11 +343,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=positive, help="of student and critic (DMD2: 5e-7 [D13])")
     yes_no = {"action": BooleanOptionalAction}
     add("--lr_decay", **yes_no, help="linear decay to 0 (sec. 5) instead of a constant rate (DMD2) [D13]")
-    args = p.parse_args(argv)
-    rate = args.learning_rate
-    args = resolve(args, RECIPES)
-    if args.lora_rank and not args.resume:
-        args.learning_rate = rate or RECIPES[args.recipe]["lora_learning_rate"]
+    args = resolve(p.parse_args(argv), RECIPES)
     check_args(args)
     return args
 
@@ -391,12 +387,12 @@ def networks_of(run: Run, pipes: dict) -> Networks:
     UNets, and the critic's with its LoRA switched off is the teacher, if it is the teacher's."""
     predicts = {name: pipe.scheduler.config.prediction_type for name, pipe in pipes.items()}
     rank, shared = run.args.lora_rank, pipes["fake"] is pipes["teacher"]
-    names = [id(pipe) for pipe in pipes.values()]
-    # a copy, where another network comes from the same pipeline
-    student_unet = (
-        copy.deepcopy(pipes["student"].unet) if names.count(id(pipes["student"])) > 1 else pipes["student"].unet
-    )
-    fake_unet = pipes["fake"].unet if rank or names.count(id(pipes["fake"])) == 1 else copy.deepcopy(pipes["fake"].unet)
+
+    def unet_of(name: str):  # a copy, where another network comes from the same pipeline
+        unet = pipes[name].unet
+        return copy.deepcopy(unet) if [*pipes.values()].count(pipes[name]) > 1 else unet
+
+    student_unet, fake_unet = unet_of("student"), pipes["fake"].unet if rank else unet_of("fake")
     for pipe in pipes.values():
         if pipe is not run.pipe:
             pipe.unet = None  # is trained, or has been copied
@@ -467,6 +463,10 @@ def main(argv=None) -> None:
     n, priors = min(args.updates, args.max_updates or args.updates), priors_of(args)
     need_images = args.gan_weight > 0 or max(priors["forward"]) > 0  # else prompts alone suffice
     plan = {"sources": priors, "updates in all": f"{n} of the student, {n * args.fake_updates} of the critic"}
+    plan["networks"] = "student, critic, frozen teacher"
+    if args.lora_rank:
+        teacher = "without it the teacher" if pipes["fake"] is pipes["teacher"] else "beside the frozen teacher"
+        plan["networks"] = f"student, and critic ({teacher}): LoRAs of rank {args.lora_rank} on frozen UNets"
     labels = ["total_updates", "unet_forwards", "lr", "seconds"]
     networks = {name: pipe.unet for name, pipe in pipes.items()}
     run.open(__file__, labels, columns_of(timesteps), plan, networks, need_images)

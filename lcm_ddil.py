@@ -188,7 +188,6 @@ def parse_args(argv=None):
     given = copy.copy(args)
     args = resolve(args, RECIPES)
     if args.lora_rank and not args.resume:  # no input for w, and no moving average: the target is the student itself
-        args.learning_rate = given.learning_rate or RECIPES[args.recipe]["lora_learning_rate"]
         args.guidance_range = tuple(given.guidance_range or (LORA_GUIDANCE, LORA_GUIDANCE))
         args.ema_decay, args.eval_guidance_scale = given.ema_decay or 0.0, args.guidance_range[0]
     check_args(args)
