@@ -87,7 +87,7 @@ def data(tmp_path_factory):
 
 FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload([
-    "test_scripts", "pd_ddil", "accelerate", "datasets", "transformers.models.clip.modeling_clip",
+    "pd_ddil", "accelerate", "datasets", "transformers.models.clip.modeling_clip",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
 ])  # fmt: skip
 
@@ -302,16 +302,14 @@ def flip_byte(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, teacher_folder, data, capsys):
+def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, finished, capsys):
     """For the one before it, with the same result; if that is damaged too, the run is refused and left alone."""
-    flags = arguments("lcm_ddil", teacher_folder, data, tmp_path / "run", "--save_every", 2)
-    run_here(*flags, script="lcm_ddil.py")
-    expected = weights_of(tmp_path / "run" / "pipeline")
+    shutil.copytree(finished("lcm_ddil"), tmp_path / "run")
     newest, before = (sorted((tmp_path / "run" / "checkpoints").iterdir())[i] for i in (-1, -2))
     DAMAGES[damage](newest)
     run_here("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
     assert f"{newest} is damaged; going on from {before}" in capsys.readouterr().out
-    assert distance(weights_of(tmp_path / "run" / "pipeline"), expected) == 0
+    assert_same_run(tmp_path / "run", finished("lcm_ddil"))
     for checkpoint in filter(common.is_whole, (tmp_path / "run" / "checkpoints").iterdir()):
         DAMAGES[damage](checkpoint)
     assert "those before it are damaged" in refusal("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
@@ -345,9 +343,11 @@ ALL_SOURCES = {
 
 
 @each_script
-def test_compiled_blocks_have_few_shapes(script, tmp_path, teacher_folder, data, monkeypatch):
+def test_compiled_blocks_have_few_shapes(script, tmp_path, data, monkeypatch):
     """No graph is broken, and none is compiled once all sources have been drawn. (The compiler's first half; the second,
-    which turns graphs into kernels, takes minutes.)"""
+    which turns graphs into kernels, takes minutes.) A UNet of one level has blocks of all kinds."""
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    teacher = save_teacher(tmp_path / "teacher", **blocks, block_out_channels=[8])
     compile_module, graphs, updates = torch.nn.Module.compile, {}, common.Run.updates
     noted = lambda module, **settings: compile_module(module, backend="eager", **settings)
 
@@ -360,14 +360,11 @@ def test_compiled_blocks_have_few_shapes(script, tmp_path, teacher_folder, data,
     monkeypatch.setattr(common.Run, "updates", counting)
     torch._dynamo.reset()
     counters.clear()
-    flags = ["--teacher", teacher_folder, "--data", data, "--output_dir", tmp_path / "run", "--compile"]
+    flags = ["--teacher", teacher, "--data", data, "--output_dir", tmp_path / "run", "--compile"]
     flags += ["--global_batch_size", 4, "--warmup", 1, "--max_updates", 30, "--save_every", 1000]
     run_here(*flags, *ALL_SOURCES[script].split(), script=f"{script}.py")
-    assert not counters["graph_break"]
-    assert graphs
-    for counts in graphs.values():
-        assert counts[0] > 0
-        assert counts[8] == counts[-1], graphs
+    assert graphs and not counters["graph_break"]
+    assert all(counts[0] > 0 and counts[8] == counts[-1] for counts in graphs.values()), graphs
 
 
 @each_script
@@ -377,12 +374,8 @@ def test_other_ways_train_the_same(script, tmp_path, teacher_folder, data, monke
     compiled, compile_module, weights = [], torch.nn.Module.compile, {}
     noted = lambda module, **settings: compiled.append(module) or compile_module(module, **settings)
     monkeypatch.setattr(torch.nn.Module, "compile", noted)
-    for way, flag in (
-        ("plain", []),
-        ("compiled", ["--compile"]),
-        ("strict", ["--gradient_checkpointing"]),
-        ("bf16", []),
-    ):
+    ways = {"plain": [], "compiled": ["--compile"], "strict": ["--gradient_checkpointing"], "bf16": []}
+    for way, flag in ways.items():
         folder, log = tmp_path / way, tmp_path / f"{way}.log"
         flags = arguments(script, teacher_folder, data, folder, *FEWER[script].split(), *flag)
         if way in ("strict", "bf16"):
@@ -564,9 +557,8 @@ def test_folder_that_is_no_run_is_never_deleted(tmp_path, teacher_folder, data):
     (tmp_path / "chapter.txt").write_text("all there is")
     for flags in ([], ["--overwrite"], ["--resume"]):
         assert str(tmp_path) in refusal(*arguments("pd_ddil", teacher_folder, data, tmp_path, *flags))
-    assert str(tmp_path / "chapter.txt") in refusal(
-        *arguments("pd_ddil", teacher_folder, data, tmp_path / "chapter.txt")
-    )
+    file = tmp_path / "chapter.txt"
+    assert str(file) in refusal(*arguments("pd_ddil", teacher_folder, data, file))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["all there is"]
 
 
@@ -595,22 +587,9 @@ def test_readme_s_two_commands(tmp_path):
     assert f'command="{test}"' in (ROOT / ".ci/run").read_text() and test.endswith("&& pytest")
     command, *flags = shlex.split(run.partition(" && accelerate launch ")[2])
     launcher = ["-m", "accelerate.commands.launch"]
-    fewer = [
-        "--max_updates",
-        1,
-        "--reflect",
-        "none",
-        "--global_batch_size",
-        8,
-        "--eval_prompts",
-        4,
-        "--teacher_steps",
-        8,
-        "--no-cache_latents",
-        "--output_dir",
-        tmp_path / "run",
-    ]
-    process = run_script(*flags, *fewer, script=command, launcher=launcher)
+    fewer = "--max_updates 1 --reflect none --global_batch_size 8 --eval_prompts 4 --teacher_steps 8 --no-cache_latents"
+    flags += [*fewer.split(), "--output_dir", tmp_path / "run"]
+    process = run_script(*flags, script=command, launcher=launcher)
     assert process.returncode == 0 and "done:" in process.stdout, process.stderr
     (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(snippet.replace("runs/pd_ddil-tiny", str(tmp_path / "run")), names := {})  # noqa: S102
