@@ -71,10 +71,9 @@ def save_model(folder: Path, size: str, gc: bool) -> Path:
         blocks = {"down_block_types": [*down, "DownBlock2D"], "up_block_types": ["UpBlock2D", *up]}
         blocks |= {"block_out_channels": (128, 192, 256), "cross_attention_dim": unet.config.cross_attention_dim}
         unet = UNet2DConditionModel(sample_size=32, in_channels=4, out_channels=4, attention_head_dim=8, **blocks)
-    unet, scheduler = (
-        (common.with_w_embedding(unet), common.dpm_solver(pipe, "v_prediction", 1)) if gc else (unet, pipe.scheduler)
-    )
-    save_pipeline(folder, pipe, unet, scheduler)
+    if gc:
+        unet, pipe.scheduler = common.with_w_embedding(unet), common.dpm_solver(pipe, "v_prediction", 1)
+    save_pipeline(folder, pipe, unet, pipe.scheduler)
     return folder
 
 
@@ -276,9 +275,8 @@ def peak_memory() -> None:
     with tempfile.TemporaryDirectory() as folder:
         command, peaks = [*mid_stage(Path(folder)), "--global_batch_size", 4, "--overwrite"], {}
         for arm, prior in (("ddil", 0.5), ("plain", 1)):
-            peaks[arm] = process_cost([*command, "--output_dir", f"{folder}/run", "--p_forward", prior], Path(folder))[
-                1
-            ]
+            flags = ["--output_dir", f"{folder}/run", "--p_forward", prior]
+            _, peaks[arm] = process_cost([*command, *flags], Path(folder))
     report("pd.peak_memory.plain", peaks["plain"], "GiB")
     report("pd.peak_memory.ddil_over_plain", peaks["ddil"] / peaks["plain"])
 
@@ -314,11 +312,12 @@ def lcm_over_diffusers(rounds: int = 3, few: int = 10, many: int = 60) -> None:
         (folder / "peer.py").write_text(code)
         ours = f"{ROOT}/lcm_ddil.py --teacher {teacher} --data data --p_forward 1 --reflect none --overwrite "
         ours += "--save_every 10000 --global_batch_size 32 --output_dir ours"
-        theirs = (
-            f"peer.py --pretrained_teacher_model {teacher} --train_shards_path_or_url data/train.tar --resolution 32 "
+        theirs = f"peer.py --pretrained_teacher_model {teacher} --train_shards_path_or_url data/train.tar "
+        theirs += (
+            "--resolution 32 --report_to all --train_batch_size 32 --dataloader_num_workers 1 --output_dir theirs "
         )
-        theirs += "--report_to all --train_batch_size 32 --dataloader_num_workers 1 --max_train_samples 512 --loss_type huber "
-        theirs += "--w_min 0.5 --w_max 5 --unet_time_cond_proj_dim 256 --validation_steps 10000 --output_dir theirs "
+        theirs += "--max_train_samples 512 --loss_type huber --w_min 0.5 --w_max 5 --unet_time_cond_proj_dim 256 "
+        theirs += "--validation_steps 10000 "
         commands = {"theirs": f"{theirs} --checkpointing_steps 10000 --max_train_steps"}
         commands |= {"cached": f"{ours} --cache_latents --updates", "uncached": f"{ours} --no-cache_latents --updates"}
         for round in range(-1, rounds):  # one to warm up, which caches the latents
@@ -541,7 +540,9 @@ REAL = {
 
 def full_size(narrow: bool) -> None:
     """In one process, line by line, what matters most first; without a GPU, or `narrow`, as its own rehearsal."""
-    with patch.dict(os.environ):  # the tests hide GPUs
+    if torch.cuda.is_available():
+        torch.cuda.init()  # with its devices: the tests hide them, and diffusers asks for them as it is imported
+    with patch.dict(os.environ):
         from conftest import save_teacher
         from test_full_size import NARROW
 

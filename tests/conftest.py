@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import gc
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,10 +15,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-CACHE = tempfile.TemporaryDirectory(prefix="ddil-tests-", ignore_cleanup_errors=True)
 # Before the libraries read it: nothing here may ask the network, and all runs on the CPU
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": CACHE.name}
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+if multiprocessing.parent_process() is None:  # a rank has the cache of the test that starts it
+    CACHE = tempfile.TemporaryDirectory(prefix="ddil-tests-", ignore_cleanup_errors=True)
+    os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 import diffusers
 import numpy as np
@@ -29,6 +32,15 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # these networks are too small for more; and the same number everywhere gives the same bits
 session = pytest.fixture(scope="session")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # runs collect garbage, and would look through half a million objects of the imports each time
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
 
 # Flags that make a run small; all else stays as in the recipe, so that the runs go through all of the code.
 W_RANGE = 2.0, 5.0

@@ -100,24 +100,17 @@ class StrictTensor(torch.Tensor):
     def __deepcopy__(self, memo):
         if id(self) not in memo:
             copy = self.detach().clone()
-            is_parameter = isinstance(self, torch.nn.Parameter)
-            memo[id(self)] = (
-                torch.nn.Parameter(copy, self.requires_grad)
-                if is_parameter
-                else copy.requires_grad_(self.requires_grad)
-            )
+            if isinstance(self, torch.nn.Parameter):
+                copy = torch.nn.Parameter(copy, self.requires_grad)
+            memo[id(self)] = copy.requires_grad_(self.requires_grad)
         return memo[id(self)]
 
 
 def bare(value):
     """As it lies in the CPU's memory."""
-    return (
-        value.raw
-        if isinstance(value, StrictTensor)
-        else CPU
-        if isinstance(value, torch.device) and is_strict(value)
-        else value
-    )
+    if isinstance(value, StrictTensor):
+        return value.raw
+    return CPU if isinstance(value, torch.device) and is_strict(value) else value
 
 
 waits = Counter()  # of the host for the device
@@ -169,24 +162,18 @@ def run(function, args, kwargs):
         return 0  # attention by plain operations
     operands = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
     here = {id(a.raw): a for a in operands if isinstance(a, StrictTensor)}
-    indices = (
-        tree_leaves(args[1]) if function in INDEXING and isinstance(args[0], StrictTensor) else []
-    )  # may be on the CPU
-    elsewhere = [
-        a for a in operands if a.dim() and not isinstance(a, StrictTensor) and not any(a is i for i in indices)
-    ]
+    may_be_indices = function in INDEXING and is_on_strict(args[0])  # these may be on the CPU
+    indices = tree_leaves(args[1]) if may_be_indices else []
+    elsewhere = [a for a in operands if a.dim() and not is_on_strict(a) and not any(a is i for i in indices)]
     if here and elsewhere and function is not aten._to_copy.default:
-        raise RuntimeError(
-            f"{function} of tensors on strict:0 and on the CPU: {[(str(a.device), tuple(a.shape)) for a in operands]}"
-        )
+        where = [(str(a.device), tuple(a.shape)) for a in operands]
+        raise RuntimeError(f"{function} of tensors on strict:0 and on the CPU: {where}")
     stays = is_strict(kwargs["device"]) if kwargs.get("device") else bool(here)
 
     def dressed(value):
         if not isinstance(value, torch.Tensor) or not stays:
             return value
-        return (
-            here[id(value)] if id(value) in here else StrictTensor(value)
-        )  # an operation in place gives back its operand
+        return here[id(value)] if id(value) in here else StrictTensor(value)  # in place: the operand itself
 
     return tree_map(dressed, function(*tree_map(bare, args), **tree_map(bare, kwargs)))
 
@@ -212,9 +199,7 @@ class Generators(TorchFunctionMode):
         generator, device = kwargs.get("generator"), kwargs.get("device")
         if generator is not None:
             on_strict = (
-                is_strict(device)
-                if device is not None
-                else any(isinstance(a, StrictTensor) for a in tree_leaves((args, kwargs)))
+                any(is_on_strict(a) for a in tree_leaves((args, kwargs))) if device is None else is_strict(device)
             )
             if is_strict(generator.device) != on_strict:
                 raise RuntimeError(f"{function}: the generator is on {generator.device}, the tensor is not")

@@ -20,6 +20,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from lpips import LPIPS
 from PIL import Image
 from safetensors.torch import save_file
+from test_scripts import launch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -28,7 +29,6 @@ from common import CLEAN, noise_of, timestep_grid
 from evaluate import Arm, Candidate, Images, coverage_of, frechet_distance, read_prompts
 
 TINY = ROOT / "assets" / "tiny"
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def evaluated(out, *args) -> dict:
@@ -117,9 +117,9 @@ def test_two_processes_give_the_same(tmp_path, pd_run, small):
     """Images, metrics, mixtures and the shift itself."""
     flags = [pd_run, *small[:-4], "--metrics", "clip", "fd", "coverage", "diversity", "paired", "--num_images", 7]
     flags += ["--mix_teacher", 0.5, "--shift", "mix", "gap"]
-    one, out = evaluated(tmp_path / "one", *flags, "--batch_size", 7), ["--output_dir", tmp_path / "two"]
-    process = run_script(*flags, "--batch_size", 2, *out, script="evaluate.py", launcher=TWO_PROCESSES)
-    assert process.returncode == 0, process.stderr
+    one, log = evaluated(tmp_path / "one", *flags, "--batch_size", 7), tmp_path / "log"
+    flags += ["--batch_size", 2, "--output_dir", tmp_path / "two"]
+    assert launch(log, "evaluate.py", *flags, ranks=2) == [0, 0], log.read_text()
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     for words in (["seed0-shift-0.5"], ["10each"]):
         assert_within_one(images_of(tmp_path / "one", *words), images_of(tmp_path / "two", *words))
@@ -381,15 +381,8 @@ def test_networks_of_one_name_are_two(tmp_path, teacher_folder, small):
         model, _ = random_clip(tmp_path / name / "clip")
         weights = {key: (1 + seed) * value.contiguous() for key, value in model.state_dict().items()}
         save_file(weights, tmp_path / name / "clip" / "open_clip_model.safetensors")
-    flags = [
-        *small[:6],
-        "--steps",
-        1,
-        "--clip_weights",
-        tmp_path / "a" / "clip",
-        "--hps_weights",
-        tmp_path / "b" / "clip",
-    ]
+    flags = [*small[:6], "--steps", 1]
+    flags += ["--clip_weights", tmp_path / "a" / "clip", "--hps_weights", tmp_path / "b" / "clip"]
     both = evaluated(tmp_path / "both", teacher_folder, *flags, "--metrics", "clip", "hps")["results"]
     alone = evaluated(tmp_path / "alone", teacher_folder, *flags, "--metrics", "hps")["results"]
     assert both[1]["value"] == alone[0]["value"] != both[0]["value"]
@@ -423,10 +416,13 @@ def test_hps_preprocessing(size, tmp_path):
 
 
 def random_trunk(file, net: str) -> dict:
+    """By torchvision's names; without the classifier, which LPIPS has no use for, and which is nine tenths of VGG."""
     import torchvision
 
+    with torch.device("meta"):
+        shapes = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[net]().features.state_dict()
     torch.manual_seed(0)
-    weights = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[net](weights=None).state_dict()
+    weights = {f"features.{name}": torch.randn(p.shape) / p[0].numel() ** 0.5 for name, p in shapes.items()}
     torch.save(weights, file)
     return weights
 
@@ -436,11 +432,11 @@ def random_trunk(file, net: str) -> dict:
 def test_lpips_diversity(net, tmp_path):
     """Two prompts: all pairs one by one through the lpips package, whose trunk is given our weights by its own names."""
     trunk = random_trunk(tmp_path / "trunk.pth", net)
-    ours = evaluate.lpips(args_of(lpips_weights=tmp_path / "trunk.pth", lpips_net=net, resolution=64), "cpu")
+    ours = evaluate.lpips(args_of(lpips_weights=tmp_path / "trunk.pth", lpips_net=net, resolution=32), "cpu")
     slow = LPIPS(net=net, pnet_rand=True, verbose=False).eval()
     for name, parameter in slow.net.named_parameters():
         parameter.copy_(trunk[f"features.{name.split('.', 1)[1]}"])
-    images, means = random_images(20, (64, 64)), []
+    images, means = random_images(20, (32, 32)), []
     for i in (0, 10):
         x = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1 for image in images[i : i + 10]]
         means.append(np.mean([slow(x[a], x[b]).item() for a in range(10) for b in range(a)]))
@@ -463,8 +459,9 @@ def test_fid(tmp_path, monkeypatch):
     sets = [random_images(5, (48, 32), seed) for seed in (1, 2)]
     batch = lambda images: torch.stack([torch.from_numpy(np.array(cut(i))).permute(2, 0, 1) for i in images])
     real, fake = (reference(batch(images))[0] for images in sets)
-    torch.testing.assert_close(net.images(sets[1]), fake)
-    found = evaluate.frechet(Context(reference=real), net, shown(sets[1]))
+    context, images = Context(reference=real), shown(sets[1])
+    found = evaluate.frechet(context, net, images)
+    torch.testing.assert_close(context.features(net, images), fake)
     assert found["value"] == pytest.approx(fidelity_distance(real, fake), rel=1e-3, abs=1e-6)
 
 

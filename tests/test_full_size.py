@@ -174,13 +174,8 @@ def test_hub_names(streaming, tmp_path, teacher_folder, data_folder, monkeypatch
     for name, folder in ("model", teacher_folder), ("data", data_folder):
         shutil.copytree(folder, tmp_path / "hub" / "owner" / name)
     with hub.serve(tmp_path / "hub") as address:
-        hub_of_ours = {
-            "HF_HUB_OFFLINE": "0",
-            "HF_ENDPOINT": address,
-            "HF_HOME": tmp_path,
-            "HF_DATASETS_CACHE": tmp_path / "c",
-        }
-        for name, value in hub_of_ours.items():
+        caches = {"HF_HOME": tmp_path, "HF_DATASETS_CACHE": tmp_path / "c"}
+        for name, value in ({"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address} | caches).items():
             monkeypatch.setenv(name, str(value))
         for args in (flags("lcm_ddil", "owner/model", "owner/data", tmp_path / "run", streaming), ["--resume"]):
             process = run_script("--output_dir", tmp_path / "run", *args, script="lcm_ddil.py")

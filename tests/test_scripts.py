@@ -72,7 +72,7 @@ def data(tmp_path_factory):
 
 FRESH = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
 FRESH.set_forkserver_preload([
-    "test_scripts", "pd_ddil", "accelerate", "datasets", "transformers.models.clip.modeling_clip",
+    "pd_ddil", "accelerate", "datasets", "transformers.models.clip.modeling_clip",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
 ])  # fmt: skip
 
@@ -290,18 +290,16 @@ def flip_byte(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, teacher_folder, data, capsys, like_windows):
+def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, finished, capsys, like_windows):
     """For the one before it, with the same result; if that is damaged too, the run is refused and left alone."""
-    flags = arguments("lcm_ddil", teacher_folder, data, tmp_path / "run", "--save_every", 2)
-    run_here(*flags, script="lcm_ddil.py")
-    expected = weights_of(tmp_path / "run" / "pipeline")
+    shutil.copytree(finished("lcm_ddil"), tmp_path / "run")
     newest, before = (sorted((tmp_path / "run" / "checkpoints").iterdir())[i] for i in (-1, -2))
     DAMAGES[damage](newest)
     shutil.copytree(before, tmp_path / "run" / "checkpoints" / "00000099-mine")
     (tmp_path / "run" / "pipeline" / "notes.txt").write_text("mine")
     run_here("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
     assert f"{newest} is damaged; going on from {before}" in capsys.readouterr().out
-    assert distance(weights_of(tmp_path / "run" / "pipeline"), expected) == 0
+    assert_same_run(tmp_path / "run", finished("lcm_ddil"))
     assert (tmp_path / "run" / "pipeline" / "notes.txt").read_text() == "mine"
     for checkpoint in filter(common.is_whole, (tmp_path / "run" / "checkpoints").iterdir()):
         DAMAGES[damage](checkpoint)
@@ -336,9 +334,11 @@ ALL_SOURCES = {
 
 
 @each_script
-def test_compiled_blocks_have_few_shapes(script, tmp_path, teacher_folder, data, monkeypatch):
+def test_compiled_blocks_have_few_shapes(script, tmp_path, data, monkeypatch):
     """No graph is broken, and none is compiled once all sources have been drawn. (The compiler's first half; the second,
-    which turns graphs into kernels, takes minutes.)"""
+    which turns graphs into kernels, takes minutes.) A UNet of one level has blocks of all kinds."""
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    teacher = save_teacher(tmp_path / "teacher", **blocks, block_out_channels=[8])
     compile_module, graphs, updates = torch.nn.Module.compile, {}, common.Run.updates
     noted = lambda module, **settings: compile_module(module, backend="eager", **settings)
 
@@ -351,7 +351,7 @@ def test_compiled_blocks_have_few_shapes(script, tmp_path, teacher_folder, data,
     monkeypatch.setattr(common.Run, "updates", counting)
     torch._dynamo.reset()
     counters.clear()
-    flags = ["--teacher", teacher_folder, "--data", data, "--output_dir", tmp_path / "run", "--compile"]
+    flags = ["--teacher", teacher, "--data", data, "--output_dir", tmp_path / "run", "--compile"]
     flags += ["--global_batch_size", 4, "--warmup", 1, "--max_updates", 30, "--save_every", 1000]
     run_here(*flags, *ALL_SOURCES[script].split(), script=f"{script}.py")
     assert not counters["graph_break"] and graphs
