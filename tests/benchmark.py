@@ -2,10 +2,6 @@
 
 pd.ddil_over_plain   seconds and UNet forwards of PD + DDIL over plain PD: each stage, the whole tiny recipe
 lcm.ddil_over_plain, dmd2.ddil_over_plain    the same of LCM and DMD2 (mid: 30M parameters)
-METHOD.update_over_unet  seconds of a plain update over its bare UNet forwards and backward, in turn: tiny (without the
-                     optimiser; what is left is overhead), and mid size (everything)
-pd.peak_memory       peak resident memory of a mid-size stage with DDIL over the same stage without
-pd.weak_scaling      seconds of an update in one process over those in two (DDP), mid size, one thread and as many samples each
 lcm.over_diffusers   seconds of an update, and peak resident memory, over diffusers' own script on the same tars, tiny, with
                      and without cached latents. PEER=train_lcm_distill_sd_wds.py of a clone of diffusers names it; it needs
                      webdataset 0.2.86 and braceexpand, in a folder of PYTHONPATH for instance
@@ -90,30 +86,21 @@ def few_images(folder: Path) -> Path:
 # --- updates of the scripts' own loops ---
 
 
-def measure(
-    script, size: str, sources: list[str], flags: str, make_bare=None, with_optimizer: bool = True
-) -> list[dict]:
-    """A run of `script` whose updates take the sources in turn. Of each update: loop, source, seconds, UNet forwards and,
-    given make_bare(run), the seconds of the bare work that follows it."""
+def measure(script, size: str, sources: list[str], flags: str) -> list[dict]:
+    """A run of `script` whose updates take the sources in turn. Of each update: loop, source, seconds, UNet forwards."""
     found, whole_loop = [], common.Run.updates
 
     def updates(run, loop, *rest):
         for update in whole_loop(run, loop, *rest):
-            if update == 0 and not with_optimizer:
-                for trained in run.trained.values():
-                    trained.optimizer.step = lambda: None
-            bare = make_bare(run) if make_bare else None
             known = {"loop": loop, "source": sources[update % len(sources)]}
             found.append(known)
             before, start = run.progress["forwards"], time.perf_counter()
             yield update
             known["time"] = time.perf_counter() - start
             known["forwards"] = run.progress["forwards"] - before + sum(model.forwards for model in run.models)
-            if bare:
-                known["bare"] = seconds(bare)
 
     def transitions(seed, update, i, n):
-        return 0 if make_bare else (update // len(sources) + i) % n
+        return (update // len(sources) + i) % n
 
     with tempfile.TemporaryDirectory() as folder, patch.object(common.Run, "updates", updates):
         folder = Path(folder)
@@ -172,76 +159,6 @@ def dmd2_ddil_over_plain(size: str) -> None:
     report_ratios(f"dmd2.ddil_over_plain.{size}", torch.stack([(plain + cost(found, "teacher")) / 2, plain]))
 
 
-def inputs_of(run, n: int, w: bool) -> tuple[tuple, dict]:
-    """What a UNet is given for n samples."""
-    cond = run.prompts.encode(run.prompts.tokenize(["a red seven"] * n))
-    more = {"timestep_cond": torch.randn(n, common.W_EMBEDDING_DIM)} if w else {}
-    return (run.start_noise(n), torch.full((n,), 499), cond["prompt"]), more
-
-
-def back(trained, output: torch.Tensor) -> None:
-    output.mean().backward()
-    trained.optimizer.zero_grad()
-
-
-def pd_bare(run):
-    """Two teacher forwards, the student's forward and backward."""
-    student, (inputs, more) = run.trained["student"], inputs_of(run, run.args.batch_size, w=True)
-
-    def bare():
-        with torch.no_grad():
-            student.plain(*inputs, **more), student.plain(*inputs, **more)
-        back(student, student.network(*inputs, **more).sample)
-
-    return bare
-
-
-def lcm_bare(run):
-    """Guided teacher, target, the student's forward and backward."""
-    n, student = run.args.batch_size, run.trained["student"]
-    (inputs, more), (twice, _) = inputs_of(run, n, w=True), inputs_of(run, 2 * n, w=False)
-
-    def bare():
-        with torch.no_grad():
-            run.pipe.unet(*twice), run.kept["target"](*inputs, **more)
-        back(student, student.network(*inputs, **more).sample)
-
-    return bare
-
-
-def dmd2_bare(run):
-    """The student; guided teacher, fake score and the GAN's gradient through the encoder; the critic's two losses."""
-    n, student, critic = run.args.batch_size, run.trained["student"], run.trained["critic"]
-    (inputs, _), (twice, _) = inputs_of(run, n, w=False), inputs_of(run, 2 * n, w=False)
-
-    def bare():
-        for i in range(run.args.fake_updates):
-            with torch.set_grad_enabled(i == 0):
-                x_g = student.network(*inputs).sample
-            if i == 0:
-                with torch.no_grad():
-                    run.pipe.unet(*twice), critic.network(*inputs)
-                leaf = inputs[0].clone().requires_grad_(True)
-                torch.autograd.grad(critic.network(leaf, *inputs[1:], judged=True)[0].sum(), leaf)
-                back(student, x_g)
-            judged = critic.network(*twice, judged=True)[0].mean()
-            back(critic, critic.network(*inputs).sample.mean() + judged)
-
-    return bare
-
-
-def update_over_unet(method: str, size: str) -> None:
-    script, make_bare, source, flags = {
-        "pd": (pd_ddil, pd_bare, "forward", "--teacher_steps 8 --student_steps 4 --eval_prompts 4 --updates 4={}"),
-        "lcm": (lcm_ddil, lcm_bare, "forward", "--updates {}"),
-        "dmd2": (dmd2_ddil, dmd2_bare, "student", "--updates {}"),
-    }[method]
-    rounds = (30 if size == "tiny" else 8) // (2 if method == "dmd2" else 1)
-    found = measure(script, size, [source], flags.format(rounds), make_bare, with_optimizer=size == "mid")
-    ours, bare = (statistics.median(row[name] for row in found[1:]) for name in ("time", "bare"))
-    report(f"{method}.update_over_unet.{size}", ours / bare)
-
-
 # --- whole processes ---
 
 
@@ -262,35 +179,6 @@ def rows_of(folder: Path) -> list[dict]:
     """Of metrics.csv, an update each."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["seconds"]]
-
-
-def mid_stage(folder: Path) -> list:
-    """The command of a stage of PD, 8 -> 4 steps."""
-    model, data = save_model(folder / "gc", "mid", gc=True), few_images(folder / "data")
-    flags = "--teacher_steps 8 --updates 4=12 --log_every 1 --batch_size 4 --eval_prompts 4"
-    return [ROOT / "pd_ddil.py", "--teacher", model, "--data", data, *flags.split()]
-
-
-def peak_memory() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        command, peaks = [*mid_stage(Path(folder)), "--global_batch_size", 4, "--overwrite"], {}
-        for arm, prior in (("ddil", 0.5), ("plain", 1)):
-            flags = ["--output_dir", f"{folder}/run", "--p_forward", prior]
-            _, peaks[arm] = process_cost([*command, *flags], Path(folder))
-    report("pd.peak_memory.plain", peaks["plain"], "GiB")
-    report("pd.peak_memory.ddil_over_plain", peaks["ddil"] / peaks["plain"])
-
-
-def weak_scaling(rounds: int = 2) -> None:
-    found = {1: [], 2: []}
-    with tempfile.TemporaryDirectory() as folder:
-        command = [*mid_stage(Path(folder)), "--p_forward", 0.5, "--overwrite", "--output_dir", f"{folder}/run"]
-        for _ in range(rounds):
-            for n in found:
-                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n]
-                process_cost([*launcher, *command, "--global_batch_size", 4 * n], Path(folder), OMP_NUM_THREADS="1")
-                found[n] += [float(row["seconds"]) for row in rows_of(Path(folder, "run"))[2:]]  # two to warm up
-    report("pd.weak_scaling", statistics.median(found[1]) / statistics.median(found[2]))
 
 
 def lcm_over_diffusers(rounds: int = 3, few: int = 10, many: int = 60) -> None:
@@ -430,46 +318,49 @@ def dmd2_update(run):
     return update
 
 
-def memory(narrow: bool) -> None:
-    """Latents are cached, so no VAE; text encoders in half precision are what a file of theirs takes."""
+METHODS = {"pd": (pd_ddil, pd_update), "lcm": (lcm_ddil, lcm_update), "dmd2": (dmd2_ddil, dmd2_update)}
+
+
+def count(method: str, kind: str, n: int, rank: int, config: dict) -> tuple[int, int]:
+    """Bytes that are held after an update, and at most in the next one."""
     from diffusers import UNet2DConditionModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    script, update_of = METHODS[method]
+    args = script.RECIPES["tiny"] | {"batch_size": n, "lora_rank": rank, "ema_decay": 0 if rank else 0.95}
+    mode, deepcopy = FakeTensorMode(), copy.deepcopy
+    one_mode = patch.object(copy, "deepcopy", lambda value: deepcopy(value, {id(mode): mode}))
+    with one_mode, patch.object(torch.nn.Module, "_apply", convert), mode, LiveBytes() as live:
+        unet = UNet2DConditionModel.from_config(config | {"in_channels": 4, "out_channels": 4})
+        run = CountedRun(SimpleNamespace(compile=False, **args), unet.requires_grad_(method == "pd"), kind != "sd15")
+        update = update_of(run)
+        update()  # after which the optimisers have their states
+        del unet, run
+        gc.collect()
+        live.peak = live.now
+        update()
+    return live.now, live.peak
+
+
+def memory(narrow: bool) -> None:
+    """Latents are cached, so there is no VAE; prompts' encoders are in half precision."""
     with patch.dict(os.environ):
         from test_full_size import NARROW
 
-    text_encoders = {"sd15": 123e6, "ssd1b": 817e6, "sdxl": 817e6}  # parameters
-    lines = [("pd", "sd15", 28, 0), ("lcm", "sd15", 60, 0), ("dmd2", "sd15", 7, 0)]  # measured too
-    lines += [(method, kind, 1, rank) for kind in REAL for method, rank in product(("lcm", "dmd2"), (0, 64))]
-    lines += [("pd", kind, 1, 0) for kind in REAL]
-    for method, kind, n, rank in lines:
-        script, update_of = {
-            "pd": (pd_ddil, pd_update), "lcm": (lcm_ddil, lcm_update), "dmd2": (dmd2_ddil, dmd2_update),
-        }[method]  # fmt: skip
-        args = SimpleNamespace(**script.RECIPES["tiny"] | {"batch_size": n, "lora_rank": rank, "compile": False})
-        args.ema_decay = 0 if rank else 0.95
+    encoders = {"sd15": 2 * 123e6, "ssd1b": 2 * 817e6, "sdxl": 2 * 817e6}  # bytes
+    lines = [("pd", "sd15", 28, 0), ("lcm", "sd15", 60, 0), ("dmd2", "sd15", 7, 0)]  # which were measured, too
+    lines += [(method, kind, 1, rank) for kind in REAL for method, rank in product(("lcm", "dmd2"), (64, 0))]
+    for method, kind, n, rank in [*lines, *(("pd", kind, 1, 0) for kind in REAL)]:
         config = NARROW[kind] | ({"sample_size": 8} if narrow else REAL[kind])
         if kind != "sd15":
             inputs = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
             config |= inputs | {"projection_class_embeddings_input_dim": 2816}
-        config |= {
-            "cross_attention_dim": 768 if kind == "sd15" else 2048,
-            "time_cond_proj_dim": 256 if method == "pd" else None,
-        }
-        mode, deepcopy = FakeTensorMode(), copy.deepcopy
-        one_mode = patch.object(copy, "deepcopy", lambda value: deepcopy(value, {id(mode): mode}))
-        with one_mode, patch.object(torch.nn.Module, "_apply", convert), mode, LiveBytes() as live:
-            unet = UNet2DConditionModel.from_config(config | {"in_channels": 4, "out_channels": 4})
-            update = update_of(CountedRun(args, unet.requires_grad_(method == "pd"), kind != "sd15"))
-            update()  # after which the optimisers have their states
-            del unet
-            gc.collect()
-            live.peak = live.now
-            update()
-        encoders = 2 * text_encoders[kind]
-        name = f"memory.{kind}.{method}{'_lora' * bool(rank)}.batch{n}"
-        report(f"{name}.held", (live.now + encoders) / 2**30, "GiB")
-        report(f"{name}.peak", (live.peak + encoders) / 2**30, "GiB")
+        config["cross_attention_dim"] = 768 if kind == "sd15" else 2048
+        config["time_cond_proj_dim"] = 256 if method == "pd" else None
+        for what, value in zip(("held", "peak"), count(method, kind, n, rank, config)):
+            report(
+                f"memory.{kind}.{method}{'_lora' * bool(rank)}.batch{n}.{what}", (value + encoders[kind]) / 2**30, "GiB"
+            )
 
 
 def matrix_rate(device: str, n: int) -> float:
@@ -590,13 +481,6 @@ BENCHMARKS = {
     "pd.ddil_over_plain": pd_ddil_over_plain,
     "lcm.ddil_over_plain": lcm_ddil_over_plain,
     **{f"dmd2.ddil_over_plain.{size}": lambda size=size: dmd2_ddil_over_plain(size) for size in ("tiny", "mid")},
-    **{
-        f"{method}.update_over_unet.{size}": lambda method=method, size=size: update_over_unet(method, size)
-        for method in ("pd", "lcm", "dmd2")
-        for size in ("tiny", "mid")
-    },
-    "pd.peak_memory": peak_memory,
-    "pd.weak_scaling": weak_scaling,
     "lcm.over_diffusers": lcm_over_diffusers,
     "memory": lambda: memory("--narrow" in sys.argv),
     "full": lambda: full_size("--narrow" in sys.argv),
