@@ -14,43 +14,14 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from torch.distributions import Normal, kl_divergence
 
 import dmd2_ddil
-from common import (
-    LatentData,
-    NoiseSchedule,
-    PromptEncoder,
-    Run,
-    SamplingPrior,
-    UNetModel,
-    add_noise,
-    betas_of,
-    checkpoints_of,
-    consistency_function,
-    forward_states,
-    latent_shape,
-    lcm_scheduler,
-    load_pipeline,
-    load_schedule,
-    load_state,
-    noise_of,
-    open_rows,
-    priors_of,
-    seed_of,
-    timestep_grid,
-    with_guidance,
-)
-from dmd2_ddil import (
-    Critic,
-    GANHead,
-    critic_step,
-    draw_movers,
-    draw_transitions,
-    make_head,
-    matching_gradient,
-    parse_args,
-    reflect_value,
-    student_states,
-    student_step,
-)
+
+# isort: off
+from common import LatentData, NoiseSchedule, PromptEncoder, Run, SamplingPrior, UNetModel, add_noise, betas_of
+from common import checkpoints_of, consistency_function, forward_states, latent_shape, lcm_scheduler, load_pipeline
+from common import load_schedule, load_state, noise_of, open_rows, priors_of, seed_of, timestep_grid, with_guidance
+from dmd2_ddil import Critic, GANHead, critic_step, draw_movers, draw_transitions, make_head, matching_gradient
+from dmd2_ddil import parse_args, reflect_value, student_states, student_step
+# isort: on
 
 SD = NoiseSchedule.from_alphas_cumprod(DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
 SCHEDULE = NoiseSchedule(SD.alpha.double(), (1 - SD.alpha.double() ** 2).sqrt())  # for identities

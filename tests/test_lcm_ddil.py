@@ -7,48 +7,17 @@ import torch
 from conftest import rows_of, run_here, weights_of
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from safetensors.torch import load_file
-from toys import (
-    BOX,
-    MEAN,
-    SCHEDULE,
-    STD,
-    clamped,
-    max_error,
-    nonlinear_model,
-    noting,
-    open_run,
-    paths,
-    randn,
-    seeded,
-    stock_latents,
-)
+
+# isort: off
+from toys import BOX, MEAN, SCHEDULE, STD, clamped, max_error, nonlinear_model, noting, open_run, paths, randn
+from toys import seeded, stock_latents
 
 import lcm_ddil
-from common import (
-    CLEAN,
-    LatentData,
-    PromptEncoder,
-    Run,
-    SamplingPrior,
-    StopRequest,
-    UNetModel,
-    add_noise,
-    betas_of,
-    consistency_function,
-    ddim_step,
-    lcm_scheduler,
-    load_pipeline,
-    load_schedule,
-    open_rows,
-    part_of,
-    priors_of,
-    rotation,
-    seed_of,
-    timestep_grid,
-    with_guidance,
-    with_w_embedding,
-)
+from common import CLEAN, LatentData, PromptEncoder, Run, SamplingPrior, StopRequest, UNetModel, add_noise, betas_of
+from common import consistency_function, ddim_step, lcm_scheduler, load_pipeline, load_schedule, open_rows, part_of
+from common import priors_of, rotation, seed_of, timestep_grid, with_guidance, with_w_embedding
 from lcm_ddil import consistency_step, draw_cond, draw_stop, networks_of, parse_args, rollout_batch, sampler_timesteps
+# isort: on
 
 GRID = timestep_grid(50, "trailing")
 FLAGS = "--global_batch_size 4 --warmup 1 --log_every 1 --learning_rate 1e-3 --updates 8 --guidance_range 2 5"
