@@ -6,7 +6,6 @@ import gc
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,7 +16,8 @@ from pathlib import Path
 
 # Before the libraries read it: nothing here may ask the network, and all runs on the CPU
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-if multiprocessing.parent_process() is None:  # a rank has the cache of the test that starts it
+os.environ["OMP_WAIT_POLICY"] = "passive"  # tests run side by side: threads that wait let others have the core
+if "ddil-tests-" not in os.environ.get("HF_DATASETS_CACHE", ""):  # the processes that tests start have it from here
     CACHE = tempfile.TemporaryDirectory(prefix="ddil-tests-", ignore_cleanup_errors=True)
     os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
