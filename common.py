@@ -1331,7 +1331,7 @@ def flag_parser(doc: str, recipes: dict):
 def add_lora_flag(add: Callable) -> None:
     rank = {"type": natural_int, "nargs": "?", "const": 64}
     add(
-        "--lora_rank", **rank, help="train a LoRA instead of the whole UNet: its rank (64 if none is given; 0: no LoRA)"
+        "--lora_rank", **rank, help="train a LoRA of this rank (64 where none is given) instead of the UNet; 0: no LoRA"
     )
 
 

