@@ -333,7 +333,7 @@ ALL_SOURCES = {
 }
 
 
-@each_script
+@pytest.mark.parametrize("script", [*FLAGS, LORA])
 def test_compiled_blocks_have_few_shapes(script, tmp_path, data, monkeypatch):
     """No graph is broken, and none is compiled once all sources have been drawn. (The compiler's first half; the second,
     which turns graphs into kernels, takes minutes.) A UNet of one level has blocks of all kinds."""
@@ -353,7 +353,8 @@ def test_compiled_blocks_have_few_shapes(script, tmp_path, data, monkeypatch):
     counters.clear()
     flags = ["--teacher", teacher, "--data", data, "--output_dir", tmp_path / "run", "--compile"]
     flags += ["--global_batch_size", 4, "--warmup", 1, "--max_updates", 30, "--save_every", 1000]
-    run_here(*flags, *ALL_SOURCES[script].split(), script=f"{script}.py")
+    name, *more = script.split()
+    run_here(*flags, *more, *ALL_SOURCES[name].split(), script=f"{name}.py")
     assert not counters["graph_break"] and graphs
     assert all(counts[0] > 0 and counts[8] == counts[-1] for counts in graphs.values()), graphs
 
