@@ -612,7 +612,7 @@ def test_readme_s_two_commands(tmp_path):
     ]
     process = run_script(*flags, *fewer, script=command, launcher=launcher)
     assert process.returncode == 0 and "done:" in process.stdout, process.stderr
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    snippet, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(snippet.replace("runs/pd_ddil-tiny", str(tmp_path / "run")), names := {})  # noqa: S102
     assert names["image"].size == (32, 32)
 
