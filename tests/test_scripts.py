@@ -626,7 +626,7 @@ def test_readme_s_two_commands(tmp_path, like_windows):
     flags += [*fewer.split(), "--output_dir", run]
     process = run_script(*flags, script=command, launcher=launcher, env=like_windows | {"PYTHONIOENCODING": "ascii"})
     assert process.returncode == 0 and "done:" in process.stdout, process.stderr
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    snippet, _ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(snippet.replace('"runs/pd_ddil-tiny/pipeline"', repr(str(run / "pipeline"))), names := {})  # noqa: S102
     assert names["image"].size == (32, 32)
 
