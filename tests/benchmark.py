@@ -2,9 +2,6 @@
 
 pd.ddil_over_plain   seconds and UNet forwards of PD + DDIL over plain PD: each stage, the whole tiny recipe
 lcm.ddil_over_plain, dmd2.ddil_over_plain    the same of LCM and DMD2 (mid: 30M parameters)
-lcm.over_diffusers   seconds of an update, and peak resident memory, over diffusers' own script on the same tars, tiny, with
-                     and without cached latents. PEER=train_lcm_distill_sd_wds.py of a clone of diffusers names it; it needs
-                     webdataset 0.2.86 and braceexpand, in a folder of PYTHONPATH for instance
 memory [--narrow]    GiB that are held between two updates, and at most, of all methods at the real shapes in bf16 with gradient
                      checkpointing and cached latents: counted on tensors without values, so that it needs no GPU
 full [--narrow]      seconds of an update, model FLOP utilisation (of the device's own rate for large matrices), peak memory and
@@ -16,10 +13,9 @@ full [--narrow]      seconds of an update, model FLOP utilisation (of the device
 import copy
 import csv
 import gc
+import math
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -159,64 +155,10 @@ def dmd2_ddil_over_plain(size: str) -> None:
     report_ratios(f"dmd2.ddil_over_plain.{size}", torch.stack([(plain + cost(found, "teacher")) / 2, plain]))
 
 
-# --- whole processes ---
-
-
-def process_cost(command: list, cwd: Path, **env) -> tuple[float, float]:
-    """(seconds, peak resident GiB) of a program."""
-    env = os.environ | {"HF_DATASETS_CACHE": f"{cwd}/cache"} | env
-    with tempfile.TemporaryFile() as log:
-        start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=log, stderr=log, env=env)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            log.seek(0)
-            raise SystemExit(log.read().decode()[-2000:])
-    return time.perf_counter() - start, usage.ru_maxrss / 2**20
-
-
 def rows_of(folder: Path) -> list[dict]:
     """Of metrics.csv, an update each."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["seconds"]]
-
-
-def lcm_over_diffusers(rounds: int = 3, few: int = 10, many: int = 60) -> None:
-    """Programs as users start them; a long run less a short one leaves out start and end."""
-    if "PEER" not in os.environ:
-        return print("lcm.over_diffusers: name diffusers' script by PEER, as told on top of this file", flush=True)
-    from datasets import load_dataset
-
-    with patch.dict(os.environ):  # the tests have a cache of their own
-        from conftest import save_tar
-    teacher, times, peaks = ROOT / "assets/tiny/pipeline", {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        folder, rows = Path(folder), load_dataset(str(ROOT / "assets/tiny/data"))
-        (folder / "data").mkdir()
-        for split, n in (("train", 512), ("test", 16)):
-            save_tar(folder / "data" / f"{split}.tar", rows[split].select(range(n)))
-        # its empty prompt is always 77 tokens long, those of the tiny pipeline are shorter
-        code = Path(os.environ["PEER"]).read_text().replace("max_length=77", "max_length=tokenizer.model_max_length")
-        (folder / "peer.py").write_text(code)
-        ours = f"{ROOT}/lcm_ddil.py --teacher {teacher} --data data --p_forward 1 --reflect none --overwrite "
-        ours += "--save_every 10000 --global_batch_size 32 --output_dir ours"
-        theirs = f"peer.py --pretrained_teacher_model {teacher} --train_shards_path_or_url data/train.tar "
-        theirs += (
-            "--resolution 32 --report_to all --train_batch_size 32 --dataloader_num_workers 1 --output_dir theirs "
-        )
-        theirs += "--max_train_samples 512 --loss_type huber --w_min 0.5 --w_max 5 --unet_time_cond_proj_dim 256 "
-        theirs += "--validation_steps 10000 "
-        commands = {"theirs": f"{theirs} --checkpointing_steps 10000 --max_train_steps"}
-        commands |= {"cached": f"{ours} --cache_latents --updates", "uncached": f"{ours} --no-cache_latents --updates"}
-        for round in range(-1, rounds):  # one to warm up, which caches the latents
-            for name, command in commands.items():
-                (short, _), (long, peak) = (process_cost([*command.split(), n], folder) for n in (few, many))
-                if round >= 0:
-                    times.setdefault(name, []).append(long - short)
-                    peaks.setdefault(name, []).append(peak)
-    for name in ("cached", "uncached"):
-        report(f"lcm.over_diffusers.{name}.time", statistics.median(times[name]) / statistics.median(times["theirs"]))
-        report(f"lcm.over_diffusers.{name}.memory", max(peaks[name]) / max(peaks["theirs"]))
 
 
 # --- real shapes ---
@@ -398,10 +340,11 @@ def run_full(script, flags: list, folder: Path, updates: int) -> tuple[float, fl
     on_gpu = torch.cuda.is_available()
     AcceleratorState._reset_state(reset_partial_state=True)
     more = f"--output_dir {folder}/run --overwrite --log_every 1 --save_every 1000000"
+    no_files = patch.multiple(common.Run, save=lambda run: None, draw=lambda *args: None)  # 10 GB each
     try:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        with redirect_stdout(None):
+        with no_files, redirect_stdout(None):
             script.main([*map(str, flags), *more.split()])
     except torch.OutOfMemoryError:
         return None
@@ -413,7 +356,7 @@ def run_full(script, flags: list, folder: Path, updates: int) -> tuple[float, fl
     first, rows = float(rows[-updates]["seconds"]), rows[-updates // 2 - 1 :]
     forwards = float(rows[-1]["unet_forwards"]) - float(rows[0]["unet_forwards"])
     update = statistics.median(float(row["seconds"]) for row in rows[1:])
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    peak = torch.cuda.max_memory_allocated() if on_gpu else math.nan
     return update, forwards / (len(rows) - 1), peak / 2**30, first - update
 
 
@@ -422,6 +365,7 @@ FULL = {  # script: a process's batch, what makes an update what it is in the re
     lcm_ddil: (60, "teacher --updates {} --p_forward 0.5", "--p_forward 1"),
     dmd2_ddil: (7, "teacher --updates {} --fake_updates 10", "--p_student 1"),
 }
+ARMS = "ddil.checkpointing", "ddil", "ddil.compiled", "plain.compiled"  # the compiler takes minutes
 REAL = {
     "sd15": {"block_out_channels": (320, 640, 1280, 1280), "sample_size": 64},
     "ssd1b": {"block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "sample_size": 128},
@@ -445,7 +389,7 @@ def full_size(narrow: bool) -> None:
         folder, flops = Path(folder), {}
         data, of_gc = few_images(folder / "data"), {"prediction_type": "v_prediction"}
         of_gc["time_cond_proj_dim"] = common.W_EMBEDDING_DIM
-        for kind, script in product(("sd15", "ssd1b"), FULL):
+        for kind, arm, script in product(("sd15", "ssd1b"), ARMS, FULL):
             if kind == "ssd1b" and script is not dmd2_ddil:
                 continue
             if kind not in flops:
@@ -453,35 +397,39 @@ def full_size(narrow: bool) -> None:
                 save_teacher(folder / kind / "gc", xl=kind == "ssd1b", **of_gc, **unet)
                 flops[kind] = forward_flops(save_teacher(folder / kind / "teacher", xl=kind == "ssd1b", **unet))
                 report(f"full.{kind}.forward", flops[kind] / 1e9, "GFLOP")
-            batch_size, ours, plain = FULL[script]
-            batch_size, updates, times = (2, 2, {}) if narrow else (batch_size, 12, {})
+            n, ours, plain = FULL[script]
+            n, updates = (2, 2) if narrow else (n, 8)
             teacher, *ours = ours.format(updates).split()
-            size = ["--global_batch_size", batch_size, "--batch_size", batch_size, "--eval_prompts", 2]
-            base = ["--teacher", folder / kind / teacher, "--data", data, *size[: 6 if script is pd_ddil else 4], *ours]
-            for arm in ("ddil.compiled", "plain.compiled", "ddil"):
-                more = plain.split() * ("plain" in arm) + ["--compile"] * ("compiled" in arm and not narrow)
-                name, found = f"full.{kind}.{script.__name__}.{arm}", None
-                for checkpointing in ([], ["--gradient_checkpointing"]):
-                    if found := run_full(script, [*base, *more, *checkpointing], folder, updates):
-                        break
-                if not found:
-                    print(f"{name}: a batch of {batch_size} does not fit", flush=True)
-                    continue
-                times[arm], forwards, gib, first = found
-                report(f"{name}{'.checkpointing' * bool(checkpointing)}.update", times[arm], "s")
-                report(f"{name}.utilisation", forwards * flops[kind] / times[arm] / rate)
-                report(f"{name}.memory", gib, "GiB")
-                report(f"{name}.compile", first, "s")
-            if {"ddil.compiled", "plain.compiled"} <= times.keys():
-                ratio = times["ddil.compiled"] / times["plain.compiled"]
-                report(f"full.{kind}.{script.__name__}.ddil_over_plain", ratio)
+            flags = [
+                "--teacher",
+                folder / kind / teacher,
+                "--data",
+                data,
+                "--global_batch_size",
+                n,
+                "--batch_size",
+                n,
+                *ours,
+            ]
+            flags += ["--eval_prompts", 2] * (script is pd_ddil) + plain.split() * ("plain" in arm)
+            flags += ["--gradient_checkpointing"] * ("checkpointing" in arm)
+            flags += ["--fake_updates", 2] * (narrow and script is dmd2_ddil)
+            flags += ["--compile"] * ("compiled" in arm and not narrow)
+            name, found = f"full.{kind}.{script.__name__}.{arm}", run_full(script, flags, folder, updates)
+            if not found:
+                print(f"{name}: a batch of {n} does not fit", flush=True)
+                continue
+            update, forwards, gib, first = found
+            report(f"{name}.update", update, "s")
+            report(f"{name}.utilisation", forwards * flops[kind] / update / rate)
+            report(f"{name}.memory", gib, "GiB")
+            report(f"{name}.first_update", first, "s")  # beyond the others: the compiler, mostly
 
 
 BENCHMARKS = {
     "pd.ddil_over_plain": pd_ddil_over_plain,
     "lcm.ddil_over_plain": lcm_ddil_over_plain,
     **{f"dmd2.ddil_over_plain.{size}": lambda size=size: dmd2_ddil_over_plain(size) for size in ("tiny", "mid")},
-    "lcm.over_diffusers": lcm_over_diffusers,
     "memory": lambda: memory("--narrow" in sys.argv),
     "full": lambda: full_size("--narrow" in sys.argv),
 }
