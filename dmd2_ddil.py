@@ -51,7 +51,7 @@ PAPER = {"teacher_steps": 20, "student_steps": 4, "p_forward": (0.0,), "mixed_ro
          "fake_updates": 10, "gan_weight": 5e-3, "critic_gan_weight": 1e-2, "lora_rank": 0, "seed": 0}  # fmt: skip
 SSD1B = PAPER | {
     "output_dir": "runs/dmd2_ddil-ssd1b", "updates": 30_000, "guidance_scale": 8.0, "global_batch_size": 7,
-    "batch_size": 1, "learning_rate": 5e-7, "lora_learning_rate": 1e-5, "lr_decay": False, "warmup": 500,  # [D13]
+    "batch_size": 1, "learning_rate": 5e-7, "lora_learning_rate": 5e-6, "lr_decay": False, "warmup": 500,  # [D13]
     "gradient_checkpointing": True, "log_every": 10, "save_every": 100,
 }  # fmt: skip
 RECIPES = {
