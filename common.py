@@ -1282,9 +1282,7 @@ multiple_of_8 = number(int, "a multiple of 8", lambda n: n > 0 and n % 8 == 0)
 positive = number(float, "> 0 and finite", lambda x: 0 < x < math.inf)
 non_negative = number(float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
 share = number(float, "in [0, 1]", lambda x: 0 <= x <= 1)
-threshold = number(
-    str, "measured, none or a radius > 0", lambda x: x in ("measured", "none") or 0 < float(x) < math.inf
-)
+threshold = number(str, "measured, none or > 0", lambda x: x in ("measured", "none") or 0 < float(x) < math.inf)
 
 
 def parser_of(doc: str, usage: str) -> argparse.ArgumentParser:
@@ -1330,9 +1328,7 @@ def flag_parser(doc: str, recipes: dict):
 
 def add_lora_flag(add: Callable) -> None:
     rank = {"type": natural_int, "nargs": "?", "const": 64}
-    add(
-        "--lora_rank", **rank, help="train a LoRA of this rank (64 where none is given) instead of the UNet; 0: no LoRA"
-    )
+    add("--lora_rank", **rank, help="train a LoRA of this rank (64 if none is given) instead of the UNet; 0: no LoRA")
 
 
 def add_prior_flags(add: Callable, plain: str) -> None:

@@ -453,10 +453,8 @@ def main(argv=None) -> None:
     n, priors = min(args.updates, args.max_updates or args.updates), priors_of(args)
     need_images = args.gan_weight > 0 or max(priors["forward"]) > 0  # else prompts alone suffice
     plan = {"sources": priors, "updates in all": f"{n} of the student, {n * args.fake_updates} of the critic"}
-    plan["networks"] = "student, critic, frozen teacher"
-    if args.lora_rank:
-        teacher = "without it the teacher" if pipes["fake"] is pipes["teacher"] else "beside the frozen teacher"
-        plan["networks"] = f"student, and critic ({teacher}): LoRAs of rank {args.lora_rank} on frozen UNets"
+    is_critic_s = args.lora_rank and pipes["fake"] is pipes["teacher"]
+    plan["networks"] = "student, critic" + (" (without its LoRA the teacher)" if is_critic_s else ", frozen teacher")
     labels = ["total_updates", "unet_forwards", "lr", "seconds"]
     networks = {name: pipe.unet for name, pipe in pipes.items()}
     run.open(__file__, labels, columns_of(timesteps), plan, networks, need_images)
@@ -489,9 +487,8 @@ def main(argv=None) -> None:
             if trains_student:
                 run.step(nets.student, GRAD_CLIP, "grad_norm_student")
             for _, (x_g, x, cond) in zip(run.minibatches(nets.critic), made):
-                losses, notes = critic_step(
-                    schedule, nets.fake, nets.judge, x_g, x, cond, args.critic_gan_weight, noise
-                )
+                inputs = nets.fake, nets.judge, x_g, x, cond, args.critic_gan_weight, noise
+                losses, notes = critic_step(schedule, *inputs)
                 run.backward(losses, cost=2 + 4 * gan_cost, of="critic")  # the GAN: back through twice as many samples
                 run.note(notes | {f"loss_fake_{origin}": notes["loss_fake"]})
             run.step(nets.critic, GRAD_CLIP, "grad_norm_critic")
