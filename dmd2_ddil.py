@@ -51,14 +51,14 @@ PAPER = {"teacher_steps": 20, "student_steps": 4, "p_forward": (0.0,), "mixed_ro
          "fake_updates": 10, "gan_weight": 5e-3, "critic_gan_weight": 1e-2, "lora_rank": 0, "seed": 0}  # fmt: skip
 SSD1B = PAPER | {
     "output_dir": "runs/dmd2_ddil-ssd1b", "updates": 30_000, "guidance_scale": 8.0, "global_batch_size": 7,
-    "batch_size": 1, "learning_rate": 5e-7, "lora_learning_rate": 5e-6, "lr_decay": False, "warmup": 500,  # [D13]
+    "batch_size": 1, "learning_rate": 5e-7, "lora_learning_rate": 5e-5, "lr_decay": False, "warmup": 500,  # [D13]
     "gradient_checkpointing": True, "log_every": 10, "save_every": 100,
 }  # fmt: skip
 RECIPES = {
     "tiny": PAPER | {
         "teacher": "assets/tiny/pipeline", "data": "assets/tiny/data", "output_dir": "runs/dmd2_ddil-tiny", "updates": 200,
         "fake_updates": 5, "guidance_scale": 4.0, "global_batch_size": 7, "learning_rate": 1e-4,
-        "lora_learning_rate": 1e-3, "lr_decay": True, "warmup": 20, "cache_latents": True, "log_every": 10, "save_every": 100,
+        "lora_learning_rate": 3e-4, "lr_decay": True, "warmup": 20, "cache_latents": True, "log_every": 10, "save_every": 100,
     },
     "sd15": SSD1B | {"output_dir": "runs/dmd2_ddil-sd15"},  # not in the paper: the numbers of its SSD-1B run
     "ssd1b": SSD1B,  # "small batch" of Table 3
@@ -331,7 +331,7 @@ def parse_args(argv=None):
     add("--critic_gan_weight", type=non_negative, help="of the GAN's loss for the critic (DMD2: 1e-2)")
     add_lora_flag(add)
     add("--updates", type=positive_int, help="of the student (sec. 5: 30000)")
-    add("--learning_rate", type=positive, help="of student and critic (DMD2: 5e-7 [D13])")
+    add("--learning_rate", type=positive, help="of student and critic (DMD2: 5e-7, its LoRA: 5e-5 [D13])")
     yes_no = {"action": BooleanOptionalAction}
     add("--lr_decay", **yes_no, help="linear decay to 0 (sec. 5) instead of a constant rate (DMD2) [D13]")
     args = resolve(p.parse_args(argv), RECIPES)

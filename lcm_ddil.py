@@ -166,7 +166,7 @@ def parse_args(argv=None):
     add("--prompt_dropout", type=share, help="share of prompts replaced by the empty one (not in paper: 0)")
     add_lora_flag(add)
     add("--updates", type=positive_int, help="in all (sec. 5: 8000)")
-    add("--learning_rate", type=positive, help="peak (sec. 5: 1e-5)")
+    add("--learning_rate", type=positive, help="peak (sec. 5: 1e-5; LCM-LoRA: 1e-4)")
     add("--eval_guidance_scale", type=non_negative, help="w of the sample grids")
     args = p.parse_args(argv)
     given = copy.copy(args)
