@@ -5,8 +5,8 @@ DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v
 [D n] are the readings of the paper that README lists, lines of algorithms are counted as it does.
 
 Glossary. z_t = alpha_t x + sigma_t eps with alpha_t^2 + sigma_t^2 = 1; v = alpha_t eps - sigma_t x; x_hat, v_hat are
-          estimates. Time runs from noise (t = 999) to data (0): t > m > s. CLEAN is the end of every trajectory, where
-          alpha = 1 and sigma = 0. w is diffusers' guidance_scale [D10].
+          estimates. Time runs from noise (t = 999, the paper's 1000) to data (0): t > m > s, its t, t - k, t - 2k.
+          CLEAN is the end of every trajectory: alpha = 1, sigma = 0. w is diffusers' guidance_scale [D10].
 """
 
 import argparse
@@ -302,7 +302,7 @@ def consistency_rollout(
 
 
 class SamplingPrior:  # DDIL: chooses among Alg. 1 lines 3-5, App. A
-    """Eq. 2's mixture: a categorical distribution over where z_t comes from [D3], for each part of training (App. A).
+    """Eq. 2's mixture [D25]: a categorical distribution over where z_t comes from [D3], in each part of training (App. A).
 
     SamplingPrior(generator, forward=(.75, .5), dagger=(.25, .5)). Every rank seeds this generator alike and draws from
     it only what ranks must share, so all of them take the same source [D14]. ValueError if a part does not sum to 1.
@@ -325,7 +325,7 @@ class SamplingPrior:  # DDIL: chooses among Alg. 1 lines 3-5, App. A
 
 
 class TrajectoryBuffer:  # DDIL: Alg. 2 line 6
-    """D_DAgger: a ring buffer of named rows [n, ...]; the oldest states are overwritten, sampling is uniform."""
+    """D_DAgger: a ring buffer of named rows [n, ...]; the oldest are overwritten [D21], sampling is uniform."""
 
     def __init__(self, capacity: int):
         self.capacity, self.added, self.rows = capacity, 0, {}
@@ -1303,7 +1303,7 @@ def flag_parser(doc: str, recipes: dict):
     add("--data", help="images with captions: folder or file (tars, tables, images beside texts), or hub name")
     add("--reflect", type=threshold, help="threshold for x estimates: measured | none | a radius (App. A; [D15])")
     add("--global_batch_size", type=positive_int, help="samples an update, over all processes (sec. 5)")
-    add("--warmup", type=natural_int, help="updates of warm-up (sec. 5: 500)")
+    add("--warmup", type=natural_int, help="updates of warm-up (PD, sec. 5: 500 [D24])")
     add = run.add_argument
     add("--batch_size", type=positive_int, help="samples a process and forward; accumulation makes up the global batch")
     add("--output_dir", help="run folder (default runs/SCRIPT-RECIPE)")

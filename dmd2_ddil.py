@@ -462,7 +462,7 @@ def main(argv=None) -> None:
     schedule, noise = run.schedule, run.noise
     scores = nets.real, nets.still_fake, nets.still_judge
     gan_cost = ENCODER if args.gan_weight else 0
-    prior = SamplingPrior(run.shared, **priors)  # DDIL: [D19]
+    prior = SamplingPrior(run.shared, **priors)  # DDIL: [D19], [D20]
     for update in run.updates("dmd2", n, args.learning_rate, sampling_of(run, nets, grids), args.lr_decay):
         part = part_of(update, n, len(priors["forward"]))
         for i in range(args.fake_updates):  # of the critic; the first one also updates the student

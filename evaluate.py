@@ -78,7 +78,7 @@ PROTOCOLS = {
         "resolution": 32, "num_images": 1000, "batch_size": 50, "steps": [32], "guidance_scale": [4.0],
         "metrics": ["alignment", "clip", "fd", "coverage", "diversity", "paired"],
     },
-    "coco2017-512": {  # Tables 2, 3, 5-7: val2017, one caption an image
+    "coco2017-512": {  # Tables 2, 3, 5-7: val2017, one caption an image; guidance 8 [D23]
         "resolution": 512, "num_images": 5000, "batch_size": 16, "steps": [32], "guidance_scale": [8.0],
         "metrics": ["fid", "clip", "hps", "lpips", "coverage"],
     },

@@ -45,7 +45,7 @@ from common import replace_folder, resolve, seed_of, share
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
 # `updates` of a phase: one number for each of its parts; halvings are named by the steps of their student.
-PAPER = {"p_forward": (0.75, 0.5), "student_rate": (0.15, 0.8), "reuse": 2, "buffer_size": 1024,  # App. A, [D17]
+PAPER = {"p_forward": (0.75, 0.5), "student_rate": (0.15, 0.8), "reuse": 2, "buffer_size": 1024,  # App. A, [D9], [D17], [D21]
          "teacher_steps": 32, "student_steps": 4, "store_start": False, "forward_control": False, "reflect": "measured",
          "eval_prompts": 128, "seed": 0}  # fmt: skip
 RECIPES = {
@@ -57,7 +57,7 @@ RECIPES = {
     },
     "sd15": PAPER | {
         "output_dir": "runs/pd_ddil-sd15",
-        "updates": {"v": [4000], "gc": [6000],  # [D18]: "10K steps overall"
+        "updates": {"v": [4000], "gc": [6000],  # [D18], [D24]: "10K steps overall"
                     "16": [5000], "8": [6000, 4000], "4": [8000, 6000], "2": [8000, 6000], "1": [8000, 6000]},
         "guidance_range": (2.0, 14.0), "global_batch_size": 224, "batch_size": 28, "learning_rate": (1e-5,), "warmup": 500,
         "eval_guidance_scale": 8.0, "gradient_checkpointing": True, "log_every": 50, "save_every": 500,
@@ -74,7 +74,7 @@ Transitions = tuple[Tensor, Tensor, Tensor, Tensor, dict]  # what is trained on:
 def v_step(
     schedule: NoiseSchedule, student: Model, x: Tensor, cond: dict, null: dict, generator
 ) -> tuple[Tensor, Tensor]:
-    """Phase (a), eps -> v: plain v-loss on data, some captions dropped so that the null prompt converts too [D18]."""
+    """Phase (a), eps -> v [D22]: plain v-loss on data, captions dropped so that the null prompt converts too [D18]."""
     t = any_timesteps(schedule, len(x), generator)
     cond = drop_prompts(cond, null, CAPTION_DROPOUT, generator)
     z_t, eps = forward_states(schedule, x, t, generator)
@@ -86,7 +86,7 @@ def v_step(
 def guidance_step(
     schedule: NoiseSchedule, student: Model, guided: Model, x: Tensor, cond: dict, support: Support, generator
 ) -> tuple[Tensor, Tensor]:
-    """Phase (b), guidance conditioning: one network learns the CFG output for every w (Meng et al., stage 1)."""
+    """Phase (b), guidance conditioning [D22]: one network learns the CFG output for every w (Meng et al., stage 1)."""
     t = any_timesteps(schedule, len(x), generator)
     z_t, _ = forward_states(schedule, x, t, generator)
     with torch.no_grad():
@@ -106,7 +106,8 @@ def teacher_landing(
 def pd_step(
     schedule: NoiseSchedule, student: Model, z_t: Tensor, z_s: Tensor, t: Tensor, s: Tensor, cond: dict
 ) -> Tensor:
-    """Eq. 3 (Alg. 3 lines 6, 9, 10): the student's one step t -> s is to land where the teacher's two did, on z_s."""
+    """Eq. 3 (Alg. 3 lines 6, 9, 10): the student's one step t -> s is to land where the teacher's two did, on z_s; at the
+    clean end that is the x which the student is to estimate [D6]."""
     v_s = student(z_t, t, cond)  # Alg. 3 line 6
     c, d = rotation(schedule, t, s)
     v_target = (c * z_t - z_s) / d  # Alg. 3 line 9, as v: exactly the one from which DDIM goes z_t -> z_s [D18]
