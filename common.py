@@ -252,16 +252,18 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
         # Alg. 2 line 3: p ~ U[0,1], one for each sample and transition; with a generator on the CPU no wait
         student_moves = torch.rand(len(z), generator=generator, device=generator.device) < rates[:, j]
         asks_all = query is not None and j in query
-        asked, moved = (to_device(rows_of(m, multiple), z.device) for m in (asks_all | ~student_moves, student_moves))
+        masks = asks_all | ~student_moves, student_moves
+        asked, moved = (to_device(rows_of(m, multiple), z.device) for m in masks)
+        a, b = (int(m.sum()) for m in masks)  # how many: a repeated row is not written again
         z_s = torch.empty_like(z)
         if len(asked):  # Alg. 2 line 4; also the target of a state that is stored, Alg. 3 line 8 [D17]
-            z_s[asked] = teacher_rollout(schedule, teacher, z[asked], path, select(cond, asked), support)[-1]
+            z_s[asked[:a]] = teacher_rollout(schedule, teacher, z[asked], path, select(cond, asked), support)[-1][:a]
         if asks_all:
             landings[j] = z_s.clone()
         if stop:
             break
         if len(moved):  # Alg. 2 line 3
-            z_s[moved] = student_rollout(schedule, student, z[moved], (t, s), select(cond, moved))[-1]
+            z_s[moved[:b]] = student_rollout(schedule, student, z[moved], (t, s), select(cond, moved))[-1][:b]
         z = z_s  # Alg. 2 line 5
         states.append(z)
         moves.append(to_device(student_moves, z.device))
