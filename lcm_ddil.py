@@ -219,8 +219,8 @@ def networks_of(run: Run) -> tuple[Trained, torch.nn.Module | None, Model]:
     """(student under the engine, the target's network or None where it is the student itself, teacher under guidance)."""
     args, unet, has_w = run.args, run.pipe.unet, run.pipe.unet.config.time_cond_proj_dim is not None
     if args.lora_rank:  # one network, held once: with the LoRA it is the student and its target, without it the teacher
-        teacher = without_lora(run.model(run.frozen(unet)), unet)
-        student = add_lora(unet, args.lora_rank)
+        frozen, student = run.model(run.frozen(unet)), add_lora(unet, args.lora_rank)
+        teacher = without_lora(frozen, student)
     else:
         student = (copy.deepcopy(unet) if has_w else with_w_embedding(unet)).requires_grad_(True)
         teacher = run.model(run.frozen(unet))
