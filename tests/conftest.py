@@ -78,7 +78,8 @@ def like_windows(tmp_path, monkeypatch) -> dict:
     monkeypatch.delattr(signal, "SIGHUP", raising=False)
     exec(LIKE_WINDOWS, {})  # noqa: S102
     (tmp_path / "sitecustomize.py").write_text(LIKE_WINDOWS)
-    return {"PYTHONPATH": str(tmp_path)}
+    # without fcntl, what is left of a lock in the shared cache is taken for a lock
+    return {"PYTHONPATH": str(tmp_path), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
 
 
 @contextlib.contextmanager
