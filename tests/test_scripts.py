@@ -48,7 +48,7 @@ FEWER = {
     "dmd2_ddil": "--updates 2 --teacher_steps 4",
 }
 SHORT = ["pd_ddil --teacher_steps 4 --seed 2", "lcm_ddil", "dmd2_ddil"]  # for two processes
-LORA = "dmd2_ddil --lora_rank 2"
+LORA = "dmd2_ddil --lora_rank 2 --updates 11"
 posix = pytest.mark.skipif(os.name != "posix", reason="has no such signals and locks")
 each_script = pytest.mark.parametrize("script", FLAGS)
 
