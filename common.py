@@ -254,16 +254,18 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
         asks_all = query is not None and j in query
         masks = asks_all | ~student_moves, student_moves
         asked, moved = (to_device(rows_of(m, multiple), z.device) for m in masks)
-        a, b = (int(m.sum()) for m in masks)  # how many: a repeated row is not written again
+        n_asked, n_moved = (int(m.sum()) for m in masks)  # a repeated row is not written again
         z_s = torch.empty_like(z)
         if len(asked):  # Alg. 2 line 4; also the target of a state that is stored, Alg. 3 line 8 [D17]
-            z_s[asked[:a]] = teacher_rollout(schedule, teacher, z[asked], path, select(cond, asked), support)[-1][:a]
+            landed = teacher_rollout(schedule, teacher, z[asked], path, select(cond, asked), support)[-1]
+            z_s[asked[:n_asked]] = landed[:n_asked]
         if asks_all:
             landings[j] = z_s.clone()
         if stop:
             break
         if len(moved):  # Alg. 2 line 3
-            z_s[moved[:b]] = student_rollout(schedule, student, z[moved], (t, s), select(cond, moved))[-1][:b]
+            landed = student_rollout(schedule, student, z[moved], (t, s), select(cond, moved))[-1]
+            z_s[moved[:n_moved]] = landed[:n_moved]
         z = z_s  # Alg. 2 line 5
         states.append(z)
         moves.append(to_device(student_moves, z.device))
@@ -1207,10 +1209,11 @@ class LatentData:
 
     def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
         """Of n random samples, or of all if there are fewer; of a stream, of its first ones. The same on all ranks."""
-        rows = self.rows.take(n)
         if hasattr(self.rows, "select"):
             order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(0))[:n].tolist()
             rows = (self.rows[i] for i in order)
+        else:
+            rows = self.rows.take(n)
         decoded, latents = ahead(self.threads, partial(decode, shape=self.shape), rows), []
         while batch := [*islice(decoded, self.batch_size)]:
             if samples := self.usable(batch):
@@ -1538,13 +1541,15 @@ def check_output_dir(args) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder under a temporary name, then rename: no kill leaves half a folder, and what others put there stays."""
+    """Write a folder under a temporary name, then rename: no kill leaves half a folder. What others put there stays."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    if folder.exists():
-        shutil.copytree(folder, temporary)
-    temporary.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir(parents=True)
     write(temporary)
+    if folder.exists():
+        new = lambda at: temporary / Path(at).relative_to(folder)
+        written = lambda at, names: [name for name in names if (new(at) / name).is_file()]
+        shutil.copytree(folder, temporary, ignore=written, dirs_exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
 
@@ -1935,15 +1940,13 @@ class Run:
         its model card, with what was measured of it."""
         save_pipeline(folder, self.pipe, unet, scheduler, model_card(self.args, self.script, steps, w, measured or {}))
 
-    def check_lora(self, pipes: dict) -> None:
-        """SystemExit for an engine, or for one of the pipelines (by flag), that --lora_rank does not go with."""
-        rank = self.args.lora_rank
+    def check_lora(self, flag: str, pipe) -> None:
+        """SystemExit for an engine, or for the pipeline that a flag names, that --lora_rank does not go with."""
+        rank, name = self.args.lora_rank, f"--{flag} {getattr(self.args, flag)}"
         if rank and self.accelerator.is_fsdp2:
             raise SystemExit("--lora_rank: has no use for shards, most of it is frozen; launch with --multi_gpu")
-        for flag, pipe in pipes.items():
-            if rank and pipe.unet.config.time_cond_proj_dim is not None:
-                which = f"--{flag} {getattr(self.args, flag)}"
-                raise SystemExit(f"--lora_rank {rank}: {which} takes w, for which a LoRA has no input")
+        if rank and pipe.unet.config.time_cond_proj_dim is not None:
+            raise SystemExit(f"--lora_rank {rank}: {name} takes w, for which a LoRA has no input")
 
     def save_lora(self, unet, base: str):
         """The LoRA of a UNet in lora/; returns the UNet of the pipeline `base`, in full precision, with it fused."""

@@ -296,13 +296,13 @@ def load_pipes(run: Run) -> dict:
     """The pipelines of teacher, student and fake score; each folder is loaded once. The teacher's VAE and text encoders
     serve all, so the others keep none."""
     args, loaded = run.args, {run.args.teacher: run.pipe}
-    run.check_lora({"teacher": run.pipe})
+    run.check_lora("teacher", run.pipe)
     for flag in ("student_init", "fake_init"):
         path = getattr(args, flag) or args.teacher
         if path not in loaded:
             loaded[path] = load_pipeline(path, f"--{flag}", run.args.resolution)
             check_fit(run.pipe, loaded[path], f"--{flag}", path)
-            run.check_lora({flag: loaded[path]})
+            run.check_lora(flag, loaded[path])
             loaded[path].vae = loaded[path].text_encoder = loaded[path].text_encoder_2 = None
     student, fake = args.student_init or args.teacher, args.fake_init or args.teacher
     refuse_zero_snr(run.pipe, "--teacher", args.teacher)

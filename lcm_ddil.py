@@ -200,7 +200,7 @@ def check_args(args) -> None:
 def check_run(run: Run) -> None:
     """SystemExit for a teacher or an engine that these flags do not go with."""
     args, teacher, sampler = run.args, f"--teacher {run.args.teacher}", type(run.pipe.scheduler).__name__
-    run.check_lora({"teacher": run.pipe})
+    run.check_lora("teacher", run.pipe)
     if not args.ema_decay and run.accelerator.is_fsdp2:  # a rank without a sample for the target would not gather it
         raise SystemExit("--ema_decay 0: FSDP shards the student, which cannot be the target then; give a decay")
     if sampler in ("LCMScheduler", "TCDScheduler"):

@@ -13,6 +13,7 @@ from conftest import change_json, rows_of, run_here, save_teacher, signals_kept,
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from torch.distributions import Normal, kl_divergence
 
+import common
 import dmd2_ddil
 
 # isort: off
@@ -229,6 +230,12 @@ def test_loras_on_two_bases(fake, half, tmp_path, folder_of, data_folder, monkey
         nets.critic.optimizer.zero_grad()
     for a, b in zip(*gradients):
         assert a.abs().max() > 0 and max_error(a, b) <= 1e-5 * a.abs().max()
+
+
+def test_a_unet_without_a_layer_for_a_lora_is_refused(teacher_folder, monkeypatch):
+    monkeypatch.setattr(common, "LORA_MODULES", ["no_such_layer"])
+    with pytest.raises(SystemExit, match="^--lora_rank 2: this UNet has no layer that a LoRA can be added to.*$"):
+        common.add_lora(load_pipeline(str(teacher_folder)).unet, 2)
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -87,7 +87,8 @@ def test_settings_are_the_paper_s():
     assert (args.updates, args.global_batch_size, args.learning_rate, args.teacher_steps) == (8000, 360, 1e-5, 50)
     assert (args.rollout_steps, args.guidance_range) == ((3, 4, 5), (6.0, 16.0))
     assert priors_of(args) == {"forward": [0.75, 0.5], "teacher": [0.0, 0.0], "student": [0.25, 0.5]}
-    args = parse_args(["--lora_rank", "4"])
+    args = parse_args(["--lora_rank"])
+    assert (args.lora_rank, parse_args(["--lora_rank", "4"]).lora_rank) == (64, 4)
     assert (*args.guidance_range, args.ema_decay, args.eval_guidance_scale) == (7.5, 7.5, 0.0, 7.5)
 
 
