@@ -189,7 +189,8 @@ class CountedRun(common.Run):
     """Networks as in a run, on tensors without values: no processes, no data."""
 
     def __init__(self, args, unet, xl: bool):
-        self.args, self.pipe, self.predicts = args, SimpleNamespace(unet=unet, scheduler=None), "epsilon"
+        scheduler = SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"))
+        self.args, self.pipe, self.predicts = args, SimpleNamespace(unet=unet, scheduler=scheduler), "epsilon"
         self.device, self.trained, self.models, self.kept = torch.device("cpu"), {}, set(), {}
         autocast = partial(torch.autocast, "cpu", torch.bfloat16)
         self.accelerator = SimpleNamespace(autocast=autocast, is_fsdp2=False, mixed_precision="bf16")
@@ -247,7 +248,6 @@ def lcm_update(run):
 
 
 def dmd2_update(run):
-    run.pipe.scheduler = SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"))
     nets = dmd2_ddil.networks_of(run, dict.fromkeys(("teacher", "student", "fake"), run.pipe))
     scores, t = (nets.real, nets.still_fake, nets.still_judge), torch.full((len(run.x),), 999)
 
@@ -299,10 +299,9 @@ def memory(narrow: bool) -> None:
             config |= inputs | {"projection_class_embeddings_input_dim": 2816}
         config["cross_attention_dim"] = 768 if kind == "sd15" else 2048
         config["time_cond_proj_dim"] = 256 if method == "pd" else None
+        name = f"memory.{kind}.{method}{'_lora' * bool(rank)}.batch{n}"
         for what, value in zip(("held", "peak"), count(method, kind, n, rank, config)):
-            report(
-                f"memory.{kind}.{method}{'_lora' * bool(rank)}.batch{n}.{what}", (value + encoders[kind]) / 2**30, "GiB"
-            )
+            report(f"{name}.{what}", (value + encoders[kind]) / 2**30, "GiB")
 
 
 def matrix_rate(device: str, n: int) -> float:
@@ -366,11 +365,8 @@ FULL = {  # script: a process's batch, what makes an update what it is in the re
     dmd2_ddil: (7, "teacher --updates {} --fake_updates 10", "--p_student 1"),
 }
 ARMS = "ddil.checkpointing", "ddil", "ddil.compiled", "plain.compiled"  # the compiler takes minutes
-REAL = {
-    "sd15": {"block_out_channels": (320, 640, 1280, 1280), "sample_size": 64},
-    "ssd1b": {"block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "sample_size": 128},
-    "sdxl": {"block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "sample_size": 128},
-}
+XL = {"block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "sample_size": 128}
+REAL = {"sd15": {"block_out_channels": (320, 640, 1280, 1280), "sample_size": 64}, "ssd1b": XL, "sdxl": XL}
 
 
 def full_size(narrow: bool) -> None:
@@ -400,17 +396,8 @@ def full_size(narrow: bool) -> None:
             n, ours, plain = FULL[script]
             n, updates = (2, 2) if narrow else (n, 8)
             teacher, *ours = ours.format(updates).split()
-            flags = [
-                "--teacher",
-                folder / kind / teacher,
-                "--data",
-                data,
-                "--global_batch_size",
-                n,
-                "--batch_size",
-                n,
-                *ours,
-            ]
+            batch = ["--global_batch_size", n, "--batch_size", n]
+            flags = ["--teacher", folder / kind / teacher, "--data", data, *batch, *ours]
             flags += ["--eval_prompts", 2] * (script is pd_ddil) + plain.split() * ("plain" in arm)
             flags += ["--gradient_checkpointing"] * ("checkpointing" in arm)
             flags += ["--fake_updates", 2] * (narrow and script is dmd2_ddil)
