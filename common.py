@@ -88,13 +88,13 @@ def add_noise(schedule: NoiseSchedule, x: Tensor, eps: Tensor, t: Tensor) -> Ten
     return alpha_t * x + sigma_t * eps
 
 
-def forward_states(schedule: NoiseSchedule, x: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def forward_diffuse(schedule: NoiseSchedule, x: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(z_t, eps): forward diffusion of data x [B, C, h, w] with fresh noise, Alg. 1 line 3."""
     eps = torch.randn(x.shape, generator=generator, device=x.device)
     return add_noise(schedule, x, eps, t), eps
 
 
-def any_timesteps(schedule: NoiseSchedule, n: int, generator: torch.Generator) -> Tensor:
+def uniform_timesteps(schedule: NoiseSchedule, n: int, generator: torch.Generator) -> Tensor:
     """t ~ U{0, ..., T - 1}, [n]."""
     return torch.randint(len(schedule.alpha) - 1, (n,), generator=generator, device=generator.device)
 
@@ -144,7 +144,7 @@ def reflect(x_hat: Tensor, support: Support) -> Tensor:  # DDIL: thresholding (s
     return x_hat if support is None else x_hat.clamp(*support)
 
 
-def moved_fraction(x_hat: Tensor, support: Support) -> Tensor:
+def clipped_fraction(x_hat: Tensor, support: Support) -> Tensor:
     """Share of values that `reflect` moves, a scalar: 0 means that it does nothing, above 0.2 that it distorts."""
     return (reflect(x_hat, support) != x_hat).float().mean()
 
@@ -239,12 +239,12 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     `student_rate`, the paper's beta; a tensor [B, intervals] gives each move its own, and 0 or 1 leave no choice) or with
     the teacher through its own grid points. Both grids end with CLEAN.
 
-    Returns (states, landings, moves): the state at every point of student_grid; for the interval indices in `query`
+    Returns (states, teacher_targets, moves): the state at every point of student_grid; for the interval indices in `query`
     where the *teacher* lands from the visited state, whoever moves; masks [B] of who moved with the student. Given
     `query`, it stops after the last one is answered. Who moves together is filled up to a `multiple` of rows, which
     leaves compiled networks few shapes.
     """
-    states, landings, moves = [z], {}, []
+    states, teacher_targets, moves = [z], {}, []
     rates = torch.as_tensor(student_rate, device=generator.device).expand(len(z), len(student_grid) - 1)
     for j, (t, s) in enumerate(pairwise(student_grid)):  # Alg. 2 line 2
         path = teacher_grid[teacher_grid.index(t) : teacher_grid.index(s) + 1]  # t -> m -> s, Alg. 3 line 7
@@ -260,7 +260,7 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
             landed = teacher_rollout(schedule, teacher, z[asked], path, select(cond, asked), support)[-1]
             z_s[asked[:n_asked]] = landed[:n_asked]
         if asks_all:
-            landings[j] = z_s.clone()
+            teacher_targets[j] = z_s.clone()
         if stop:
             break
         if len(moved):  # Alg. 2 line 3
@@ -269,7 +269,7 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
         z = z_s  # Alg. 2 line 5
         states.append(z)
         moves.append(to_device(student_moves, z.device))
-    return states, landings, moves
+    return states, teacher_targets, moves
 
 
 def consistency_function(
@@ -295,7 +295,7 @@ def consistency_rollout(
         t_all = torch.full((len(z),), t, device=z.device)  # [B]
         x_hat = consistency_function(schedule, student, states[-1], t_all, cond)  # never reflected: as at inference
         if s != CLEAN:
-            x_hat = forward_states(schedule, x_hat, torch.full_like(t_all, s), generator)[0]
+            x_hat = forward_diffuse(schedule, x_hat, torch.full_like(t_all, s), generator)[0]
         states.append(x_hat)
     return states
 
@@ -1930,7 +1930,7 @@ class Run:
 
         def noted(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
             v = model(z_t, t, cond)
-            self.note({column: moved_fraction(x_from_v(self.schedule, z_t, v, t), self.support)})
+            self.note({column: clipped_fraction(x_from_v(self.schedule, z_t, v, t), self.support)})
             return v
 
         return noted

@@ -8,12 +8,12 @@ DMD2: Improved Distribution Matching Distillation for Fast Image Synthesis, arXi
     seven GPUs          accelerate launch --multi_gpu --num_processes 7 --mixed_precision bf16 dmd2_ddil.py --recipe ssd1b ...
 
 paper                                            code
-  Alg. 1    line 1, data, T_s                      data_batch, draw_transitions
+  Alg. 1    line 1, data, T_s                      data_batch, sample_rollout_length
   Alg. 1    line 2, [D14] one source an iteration  common.SamplingPrior.draw
-  Alg. 1    line 3, forward diffusion              student_states, common.forward_states
+  Alg. 1    line 3, forward diffusion              student_states, common.forward_diffuse
   Alg. 1    line 4, the teacher's trajectory       student_states, common.teacher_rollout
   Alg. 1    line 5, the student's trajectory       student_states, common.consistency_rollout
-  sec. 4.2  both models within one trajectory      draw_movers
+  sec. 4.2  both models within one trajectory      draw_actors
   Alg. 1    line 6, the losses                     student_step, critic_step
   DMD2      gradient of the matching               matching_gradient
   DMD2      fake score and GAN's head              Critic, GANHead
@@ -36,8 +36,8 @@ from torch import Tensor
 
 # By common.py's sections
 # isort: off
-from common import CLEAN, NoiseSchedule, any_timesteps, eps_from_v, forward_states, timestep_grid, x_from_v
-from common import Support, moved_fraction, reflect
+from common import CLEAN, NoiseSchedule, uniform_timesteps, eps_from_v, forward_diffuse, timestep_grid, x_from_v
+from common import Support, clipped_fraction, reflect
 from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout
 from common import SamplingPrior
 from common import UNetModel, add_lora, betas_of, latent_shape, lcm_scheduler, load_pipeline, load_schedule
@@ -68,7 +68,7 @@ RECIPES = {
     },
 }  # fmt: skip
 GRAD_CLIP = 10.0  # DMD2's
-TAU = 20, 980  # noise levels of the matching gradient, both included
+NOISE_RANGE = 20, 980  # noise levels of the matching gradient, both included
 ORIGINS = "noise", "forward", "teacher", "student"  # of what is trained on: pure noise at 999, or who made it
 ENCODER = 0.4  # of a UNet's forward: what the GAN's features cost (SD1.5 .33, SDXL .43 of its FLOPs)
 
@@ -89,7 +89,7 @@ def matching_gradient(
     schedule: NoiseSchedule, real: Model, fake: Model, x_g: Tensor, tau: Tensor, cond: dict, support: Support, generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DMD2's gradient at x_g, (x_fake - x_real) / mean |x_g - x_real|, and both estimates before they are reflected."""
-    z_tau, _ = forward_states(schedule, x_g, tau, generator)
+    z_tau, _ = forward_diffuse(schedule, x_g, tau, generator)
     estimates = [x_from_v(schedule, z_tau, score(z_tau, tau, cond), tau) for score in (real, fake)]
     x_real, x_fake = (reflect(x_hat, support) for x_hat in estimates)  # DDIL: reflected, after guidance
     scale = (x_g - x_real).abs().mean(dim=(1, 2, 3), keepdim=True)
@@ -99,8 +99,8 @@ def matching_gradient(
 def gan_gradient(schedule: NoiseSchedule, judge: Judge, x_g: Tensor, cond: dict, generator) -> tuple[Tensor, Tensor]:
     """(gradient at x_g, losses [B]) of softplus(-judge), on x_g noised to any level. Leaves the critic's gradients alone."""
     x_g = x_g.detach().requires_grad_(True)
-    t = any_timesteps(schedule, len(x_g), generator)
-    losses = F.softplus(-judge(forward_states(schedule, x_g, t, generator)[0], t, cond))
+    t = uniform_timesteps(schedule, len(x_g), generator)
+    losses = F.softplus(-judge(forward_diffuse(schedule, x_g, t, generator)[0], t, cond))
     return torch.autograd.grad(losses.sum(), x_g)[0], losses.detach()
 
 
@@ -116,14 +116,14 @@ def student_step(
     generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The student's losses on what it generated, x_g with its graph: distribution matching, and GAN where there is a judge."""
-    tau = torch.randint(TAU[0], TAU[1] + 1, (len(x_g),), generator=generator, device=x_g.device)
+    tau = torch.randint(NOISE_RANGE[0], NOISE_RANGE[1] + 1, (len(x_g),), generator=generator, device=x_g.device)
     g, x_real, x_fake = matching_gradient(schedule, real, fake, x_g, tau, cond, support, generator)
     losses = 0.5 * (x_g - (x_g - g).detach()).pow(2).mean(dim=(1, 2, 3))  # its gradient at x_g is g over C h w
     notes = {
         "loss_matching": losses.detach(),
         "matching_norm": g.flatten(1).norm(dim=1) / g[0].numel(),
-        "moved_real": moved_fraction(x_real, support),
-        "moved_fake": moved_fraction(x_fake, support),
+        "moved_real": clipped_fraction(x_real, support),
+        "moved_fake": clipped_fraction(x_fake, support),
     }
     if judge is not None:
         g, gan_losses = gan_gradient(schedule, judge, x_g, cond, generator)
@@ -143,13 +143,13 @@ def critic_step(
     generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The critic's losses on x_g and, with a judge, on real latents x: eps-MSE of the fake score; real against generated."""
-    t = any_timesteps(schedule, len(x_g), generator)
-    z_t, eps = forward_states(schedule, x_g, t, generator)
+    t = uniform_timesteps(schedule, len(x_g), generator)
+    z_t, eps = forward_diffuse(schedule, x_g, t, generator)
     losses = (eps_from_v(schedule, z_t, fake(z_t, t, cond), t) - eps).pow(2).mean(dim=(1, 2, 3))
     notes = {"loss_fake": losses.detach()}
     if judge is not None:
-        t = any_timesteps(schedule, 2 * len(x_g), generator)
-        z_t, _ = forward_states(schedule, torch.cat([x_g, x]), t, generator)
+        t = uniform_timesteps(schedule, 2 * len(x_g), generator)
+        z_t, _ = forward_diffuse(schedule, torch.cat([x_g, x]), t, generator)
         generated, real = judge(z_t, t, {name: torch.cat([value, value]) for name, value in cond.items()}).chunk(2)
         gan_losses = F.softplus(generated) + F.softplus(-real)
         losses = losses + gan_weight * gan_losses
@@ -157,14 +157,14 @@ def critic_step(
     return losses, notes
 
 
-def draw_transitions(seed: int, update: int, i: int, n: int) -> int:
+def sample_rollout_length(seed: int, update: int, i: int, n: int) -> int:
     """How many of the student's n timesteps iteration i passes before it trains: uniform, alike on all ranks."""
     generator = torch.Generator().manual_seed(seed_of(seed, "transitions", update, i))
     return torch.randint(n, (), generator=generator).item()
 
 
 # DDIL: both models within one trajectory (sec. 4.2)
-def draw_movers(prior: SamplingPrior, source: str, part: int, transitions: int, mixed: bool) -> list[str]:
+def draw_actors(prior: SamplingPrior, source: str, part: int, transitions: int, mixed: bool) -> list[str]:
     """Who makes each transition of a trajectory, alike on all ranks [D14]: the source or, if mixed, anyone."""
     if not mixed or source == "forward":
         return [source] * transitions
@@ -185,18 +185,18 @@ def cond_of(run: Run, ids: Tensor) -> dict:
 
 
 def student_states(
-    run: Run, student: Model, teacher: Model, grids: tuple, source: str, movers: list[str], x: Tensor | None, cond: dict
+    run: Run, student: Model, teacher: Model, grids: tuple, source: str, actors: list[str], x: Tensor | None, cond: dict
 ) -> tuple[Tensor, Tensor]:
-    """(z_t, t) on which the student is trained, as far down its timesteps as there are movers (Alg. 1 lines 3-5). z at 999
+    """(z_t, t) on which the student is trained, as far down its timesteps as models act (Alg. 1 lines 3-5). z at 999
     is pure noise for every source. grids: the student's and the teacher's timesteps."""
     timesteps, teacher_grid = grids
     n = len(cond["w"])
-    t = torch.full((n,), timesteps[len(movers)], device=run.device)
-    if source == "forward" and movers:
-        return forward_states(run.schedule, x, t, run.noise)[0], t  # DDIL: Alg. 1 line 3
+    t = torch.full((n,), timesteps[len(actors)], device=run.device)
+    if source == "forward" and actors:
+        return forward_diffuse(run.schedule, x, t, run.noise)[0], t  # DDIL: Alg. 1 line 3
     z = run.start_noise(n)
-    for (t_i, s_i), mover in zip(pairwise(timesteps), movers):
-        if mover == "teacher":  # its guided DDIM steps
+    for (t_i, s_i), who in zip(pairwise(timesteps), actors):
+        if who == "teacher":  # its guided DDIM steps
             path = teacher_grid[teacher_grid.index(t_i) : teacher_grid.index(s_i) + 1]
             z = teacher_rollout(run.schedule, teacher, z, path, cond, run.support)[-1]  # DDIL: Alg. 1 line 4
         else:  # it estimates x and noises it again, as at inference
@@ -435,7 +435,7 @@ def columns_of(timesteps: list[int]) -> list[str]:
 
 def statistics(x_hat: Tensor, x_g: Tensor, x: Tensor | None, support: Support) -> dict[str, Tensor]:
     """Columns that tell a collapse: mean and spread of what is generated, beside the data's."""
-    columns = {"moved_student": moved_fraction(x_hat, support)}
+    columns = {"moved_student": clipped_fraction(x_hat, support)}
     for name, latents in (("x_g", x_g), ("x", x)):
         if latents is not None:
             columns |= {f"{name}_mean": latents.mean(dim=(1, 2, 3)), f"{name}_std": latents.std(dim=(1, 2, 3))}
@@ -468,12 +468,12 @@ def main(argv=None) -> None:
         for i in range(args.fake_updates):  # of the critic; the first one also updates the student
             trains_student, made = i == 0, []
             source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the iteration, the same on all ranks
-            transitions = draw_transitions(args.seed, update, i, len(timesteps))  # Alg. 1 line 1: T_s
-            movers = draw_movers(prior, source, part, transitions, args.mixed_rollout)
-            origin = movers[-1] if movers else "noise"  # whose states these are, for the metrics
+            transitions = sample_rollout_length(args.seed, update, i, len(timesteps))  # Alg. 1 line 1: T_s
+            actors = draw_actors(prior, source, part, transitions, args.mixed_rollout)
+            origin = actors[-1] if actors else "noise"  # whose states these are, for the metrics
             for _ in run.minibatches(nets.student if trains_student else None):
                 x, cond = data_batch(run, need_images=source == "forward" or args.gan_weight > 0)
-                z_t, t = student_states(run, nets.rolling, nets.real, grids, source, movers, x, cond)  # lines 3-5
+                z_t, t = student_states(run, nets.rolling, nets.real, grids, source, actors, x, cond)  # lines 3-5
                 with torch.set_grad_enabled(trains_student):
                     x_hat = consistency_function(schedule, nets.model if trains_student else nets.rolling, z_t, t, cond)
                     x_g = reflect_value(x_hat, run.support)

@@ -9,16 +9,16 @@ LCM: Latent Consistency Models, arXiv:2310.04378.
                         --batch_size 45 ...
 
 paper                                            code
-  Alg. 1    line 1, data, T_s                      forward_batch, draw_stop
+  Alg. 1    line 1, data, T_s                      forward_batch, sample_rollout_timesteps
   Alg. 1    line 2, [D14] one source an update     common.SamplingPrior.draw
-  Alg. 1    line 3, forward diffusion              forward_batch, common.forward_states
+  Alg. 1    line 3, forward diffusion              forward_batch, common.forward_diffuse
   Alg. 1    line 4, the teacher's trajectory       rollout_batch, common.teacher_rollout
   Alg. 1    line 5, the student's trajectory       rollout_batch, common.consistency_rollout
   Alg. 1    line 6, the loss                       consistency_step
   LCM       f = c_skip z + c_out x                 common.consistency_function
   LCM       guidance scale as an input             common.guidance_embedding, common.with_w_embedding
   sec. 4.1  reflected distillation [D15]           common.reflect in common.ddim_step, common.consistency_function
-  sec. 5    n drawn from {3, 4, 5}                 draw_stop
+  sec. 5    n drawn from {3, 4, 5}                 sample_rollout_timesteps
   sec. 5    priors, schedule [D12]                 RECIPES, common.part_of
 
 Plain LCM is --p_forward 1 --reflect none. What the paper adds to it: grep "# DDIL:" lcm_ddil.py common.py
@@ -31,7 +31,7 @@ from torch import Tensor
 
 # By common.py's sections
 # isort: off
-from common import CLEAN, NoiseSchedule, forward_states, timestep_grid
+from common import CLEAN, NoiseSchedule, forward_diffuse, timestep_grid
 from common import Support, ddim_step
 from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout, to_device
 from common import SamplingPrior
@@ -118,11 +118,11 @@ def forward_batch(run: Run, timesteps: list[int]) -> tuple[Tensor, Tensor, dict]
     cond = draw_cond(run, ids)
     grid = to_device(torch.tensor(timesteps), x.device)
     t = grid[torch.randint(len(grid), (len(x),), generator=run.noise, device=x.device)]
-    return forward_states(run.schedule, x, t, run.noise)[0], t, cond
+    return forward_diffuse(run.schedule, x, t, run.noise)[0], t, cond
 
 
 # DDIL: the next two functions
-def draw_stop(run: Run, grid: list[int]) -> list[int]:
+def sample_rollout_timesteps(run: Run, grid: list[int]) -> list[int]:
     """A rollout's timesteps up to the point that becomes z_t: n steps, n from {3, 4, 5}, stopped at one of them [D12]."""
     choices = run.args.rollout_steps
     n = choices[torch.randint(len(choices), (), generator=run.shared)]
@@ -135,7 +135,7 @@ def rollout_batch(
 ) -> tuple[Tensor, Tensor, dict]:
     """(z_t, t, cond) of a model's own sampling, stopped on its way: the teacher's DDIM on the solver grid (Alg. 1 line 4),
     or the student's few steps (line 5)."""
-    timesteps, cond = draw_stop(run, grid), draw_cond(run, run.data.next_ids())
+    timesteps, cond = sample_rollout_timesteps(run, grid), draw_cond(run, run.data.next_ids())
     z = run.start_noise(len(cond["w"]))
     if source == "teacher":
         path = grid[: grid.index(timesteps[-1]) + 1]
@@ -269,7 +269,7 @@ def main(argv=None) -> None:
             if source == "forward":  # Alg. 1 line 3
                 z_t, t, cond = forward_batch(run, grid)
             elif args.forward_control:  # a rollout's timesteps without the rollout [D16]
-                z_t, t, cond = forward_batch(run, draw_stop(run, grid)[-1:])
+                z_t, t, cond = forward_batch(run, sample_rollout_timesteps(run, grid)[-1:])
             else:  # DDIL: Alg. 1 lines 4, 5
                 z_t, t, cond = rollout_batch(run, source, grid, rolling, teacher)
             s = t - 1000 // args.teacher_steps  # the next point of the solver grid; after its last one, 19 - 20 = CLEAN

@@ -10,11 +10,11 @@ paper                                            code
   sec. 5    eps -> v conversion                    v_step
   sec. 5    guidance conditioning (Meng et al.)    guidance_step, common.guidance_embedding
   Alg. 1    line 2, [D14] one source an update     common.SamplingPrior.draw
-  Alg. 1/3  forward diffusion                      forward_batch, common.forward_states
+  Alg. 1/3  forward diffusion                      forward_batch, common.forward_diffuse
   Alg. 2    mixed trajectories -> D_DAgger         collect, common.mixed_rollout, common.TrajectoryBuffer
   Alg. 3    lines 1, 2, 12: stages                 main, plan_phases, open_phase, halve
   Alg. 3    lines 3, 4, 11: updates, D_DAgger      halve, dagger_batch
-  Alg. 3    lines 7, 8: the teacher's two steps    forward_batch, teacher_landing, common.mixed_rollout
+  Alg. 3    lines 7, 8: the teacher's two steps    forward_batch, teacher_target, common.mixed_rollout
   Alg. 3    lines 6, 9, 10 and Eq. 3: the loss     pd_step
   sec. 4.1  reflected distillation [D15]           common.reflect, common.ddim_step
   App. A    priors and schedule, two parts         RECIPES, plan_phases
@@ -34,7 +34,7 @@ from torch import Tensor
 
 # By common.py's sections
 # isort: off
-from common import CLEAN, NoiseSchedule, any_timesteps, forward_states, timestep_grid
+from common import CLEAN, NoiseSchedule, uniform_timesteps, forward_diffuse, timestep_grid
 from common import Support, ddim_step, reflect_v, rotation
 from common import Model, mixed_rollout, teacher_rollout
 from common import SamplingPrior, TrajectoryBuffer
@@ -75,9 +75,9 @@ def v_step(
     schedule: NoiseSchedule, student: Model, x: Tensor, cond: dict, null: dict, generator
 ) -> tuple[Tensor, Tensor]:
     """Phase (a), eps -> v [D22]: plain v-loss on data, captions dropped so that the null prompt converts too [D18]."""
-    t = any_timesteps(schedule, len(x), generator)
+    t = uniform_timesteps(schedule, len(x), generator)
     cond = drop_prompts(cond, null, CAPTION_DROPOUT, generator)
-    z_t, eps = forward_states(schedule, x, t, generator)
+    z_t, eps = forward_diffuse(schedule, x, t, generator)
     alpha_t, sigma_t = schedule.at(t)
     v = alpha_t * eps - sigma_t * x
     return (student(z_t, t, cond) - v).pow(2).mean(dim=(1, 2, 3)), t
@@ -87,15 +87,15 @@ def guidance_step(
     schedule: NoiseSchedule, student: Model, guided: Model, x: Tensor, cond: dict, support: Support, generator
 ) -> tuple[Tensor, Tensor]:
     """Phase (b), guidance conditioning [D22]: one network learns the CFG output for every w (Meng et al., stage 1)."""
-    t = any_timesteps(schedule, len(x), generator)
-    z_t, _ = forward_states(schedule, x, t, generator)
+    t = uniform_timesteps(schedule, len(x), generator)
+    z_t, _ = forward_diffuse(schedule, x, t, generator)
     with torch.no_grad():
         v = reflect_v(schedule, z_t, guided(z_t, t, cond), t, support)  # DDIL: thresholding after CFG (App. A)
     return (student(z_t, t, cond) - v).pow(2).mean(dim=(1, 2, 3)), t
 
 
 @torch.no_grad()
-def teacher_landing(
+def teacher_target(
     schedule: NoiseSchedule, teacher: Model, z_t: Tensor, t: Tensor, m: Tensor, s: Tensor, cond: dict, support: Support
 ) -> Tensor:
     """z_s where the teacher's two reflected DDIM steps t -> m -> s lead from z_t (Alg. 3 line 8)."""
@@ -122,13 +122,13 @@ def data_batch(run: Run) -> tuple[Tensor, dict]:
     return x, run.prompts.encode(ids) | {"w": run.draw_w(len(x))}
 
 
-def forward_batch(run: Run, teacher: Model, tau: Tensor, intervals: range) -> Transitions:
-    """By forward diffusion of data: Alg. 3 lines 5, 7, 8."""
+def forward_batch(run: Run, teacher: Model, grid: Tensor, intervals: range) -> Transitions:
+    """By forward diffusion of data (Alg. 3 lines 5, 7, 8); `grid` is the teacher's, every second point the student's."""
     x, cond = data_batch(run)
     j = torch.randint(intervals.start, intervals.stop, (len(x),), generator=run.noise, device=x.device)
-    t, m, s = tau[2 * j], tau[2 * j + 1], tau[2 * j + 2]  # t on the student's grid [D5]; Alg. 3 line 7
-    z_t, _ = forward_states(run.schedule, x, t, run.noise)  # Alg. 3 line 5
-    return z_t, teacher_landing(run.schedule, teacher, z_t, t, m, s, cond, run.support), t, s, cond  # Alg. 3 line 8
+    t, m, s = grid[2 * j], grid[2 * j + 1], grid[2 * j + 2]  # t on the student's grid [D5]; Alg. 3 line 7
+    z_t, _ = forward_diffuse(run.schedule, x, t, run.noise)  # Alg. 3 line 5
+    return z_t, teacher_target(run.schedule, teacher, z_t, t, m, s, cond, run.support), t, s, cond  # Alg. 3 line 8
 
 
 # DDIL: this class and the next three functions
@@ -160,38 +160,38 @@ def stored_intervals(args, steps: int) -> range:
 
 
 def dagger_batch(
-    run: Run, dagger: DAgger, teacher: Model, student: Model, tau: Tensor, student_rate: float
+    run: Run, dagger: DAgger, teacher: Model, student: Model, grid: Tensor, student_rate: float
 ) -> Transitions:
     """From D_DAgger (Alg. 3 line 4), which is refreshed so that a state is used R times."""
     batch_size, now = run.args.batch_size, run.progress["total"]
     while dagger.credit < batch_size:  # Alg. 3 line 11
-        rows = collect(run, teacher, student, [*timestep_grid(len(tau) - 1), CLEAN], student_rate)
+        rows = collect(run, teacher, student, [*timestep_grid(len(grid) - 1), CLEAN], student_rate)
         dagger.add(**rows, born=torch.full_like(rows["w"], now))  # Alg. 2 line 6
         dagger.credit += min(len(rows["w"]), dagger.capacity) * run.args.reuse
     dagger.credit -= batch_size
     rows = dagger.sample(batch_size, dagger.choices)
     run.note({"buffer_age": now - rows["born"]})
-    t, s = tau[2 * rows["j"]], tau[2 * rows["j"] + 2]
+    t, s = grid[2 * rows["j"]], grid[2 * rows["j"] + 2]
     return rows["z_t"], rows["z_s"], t, s, run.prompts.encode(rows["ids"]) | {"w": rows["w"]}
 
 
-def collect(run: Run, teacher: Model, student: Model, tau: list[int], student_rate: float) -> dict[str, Tensor]:
+def collect(run: Run, teacher: Model, student: Model, grid: list[int], student_rate: float) -> dict[str, Tensor]:
     """Rows for D_DAgger by one rollout of Alg. 2: states before each transition [D16] and, as their targets never
     change within a stage, where the teacher lands from them [D17]."""
-    stored = stored_intervals(run.args, len(tau) // 2)
+    stored = stored_intervals(run.args, len(grid) // 2)
     ids = run.data.next_ids()
     cond = run.prompts.encode(ids) | {"w": run.draw_w(len(ids))}  # one w for a trajectory
     z = run.start_noise(len(ids))  # Alg. 2 line 1
-    models, grids = (teacher, student), (tau, tau[::2])
+    models, grids = (teacher, student), (grid, grid[::2])  # the teacher's, the student's
     more = {"query": stored, "multiple": -(-len(ids) // 2) if run.args.compile else 1}
-    states, landings, moves = mixed_rollout(  # Alg. 2 lines 2-5
+    states, teacher_targets, moves = mixed_rollout(  # Alg. 2 lines 2-5
         run.schedule, *models, z, *grids, cond, student_rate, run.shared, run.support, **more
     )
     run.note({"student_moves": torch.cat(moves).float() if moves else torch.zeros(0)})
     n, k = len(ids), len(stored)
     return {  # trajectory by trajectory, so that a full buffer lets go of the oldest ones whole
         "z_t": torch.stack([states[j] for j in stored], dim=1).flatten(0, 1),
-        "z_s": torch.stack([landings[j] for j in stored], dim=1).flatten(0, 1),
+        "z_s": torch.stack([teacher_targets[j] for j in stored], dim=1).flatten(0, 1),
         "j": torch.arange(stored.start, stored.stop, device=z.device).repeat(n),
         "w": cond["w"].repeat_interleave(k),
         "ids": ids.repeat_interleave(k, dim=0),
@@ -402,7 +402,7 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
     guided, teacher, unet = open_phase(run, phase, folder)  # Alg. 3 line 2
     student = run.trainable("student", unet)
     model, rolling = run.model(student.network, "v_prediction"), run.model(student.plain, "v_prediction")
-    tau = torch.tensor([*timestep_grid(2 * steps), CLEAN], device=run.device)
+    grid = torch.tensor([*timestep_grid(2 * steps), CLEAN], device=run.device)  # the teacher's
 
     def sample() -> None:
         rows = {f"gc, {n} steps": evaluation.reference[f"grid_{n}"] for n in (args.teacher_steps, steps)}
@@ -415,11 +415,11 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
             source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the update, the same on all ranks
             for _ in run.minibatches(student):
                 if source == "forward":  # Alg. 3 lines 5, 7, 8
-                    z_t, z_s, t, s, cond = forward_batch(run, teacher, tau, range(steps))
+                    z_t, z_s, t, s, cond = forward_batch(run, teacher, grid, range(steps))
                 elif args.forward_control:  # D_DAgger's timesteps without its trajectories [D16]
-                    z_t, z_s, t, s, cond = forward_batch(run, teacher, tau, stored_intervals(args, steps))
+                    z_t, z_s, t, s, cond = forward_batch(run, teacher, grid, stored_intervals(args, steps))
                 else:  # DDIL: Alg. 3 line 4
-                    z_t, z_s, t, s, cond = dagger_batch(run, dagger, teacher, rolling, tau, phase.student_rate[part])
+                    z_t, z_s, t, s, cond = dagger_batch(run, dagger, teacher, rolling, grid, phase.student_rate[part])
                 losses = pd_step(run.schedule, model, z_t, z_s, t, s, cond)  # Alg. 3 lines 6, 9, 10
                 run.backward(losses, t, source)
             run.step(student, GRAD_CLIP)  # Alg. 3 line 11

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import CLEAN, NoiseSchedule, SamplingPrior, TrajectoryBuffer, ddim_step, forward_states
+from common import CLEAN, NoiseSchedule, SamplingPrior, TrajectoryBuffer, ddim_step, forward_diffuse
 from common import mixed_rollout, rotation, teacher_rollout, timestep_grid, v_from_prediction
 
 P_FORWARD = {"PD": 1, "PD + DDIL": 0.5}  # DDIL: share of the updates on forward-diffused data
@@ -70,7 +70,7 @@ def distil(p_forward, seed, updates=UPDATES):
                     buffer.add(z_t=states[j], j=torch.full((BATCH,), j), **cond)
             if prior.draw(0) == "forward":
                 j = torch.randint(n, (BATCH,))
-                z_t, _ = forward_states(SCHEDULE, x, tau[2 * j], RNG)
+                z_t, _ = forward_diffuse(SCHEDULE, x, tau[2 * j], RNG)
             else:  # DDIL: a state that a trajectory visited
                 cond = buffer.sample(BATCH, RNG)
                 z_t, j = cond["z_t"], cond["j"]
@@ -100,7 +100,7 @@ def main(seeds=SEEDS, updates=UPDATES, file=Path(__file__).with_suffix(".png")):
     torch.set_num_threads(1)  # networks as small as this gain nothing by more
     _, (a, b, c) = plt.subplots(1, 3, figsize=(9.2, 4.2), layout="constrained")
     x, cond = draw_data(1000)
-    z_t, _ = forward_states(SCHEDULE, x[cond["prompt"] == 0], torch.tensor([250]), RNG)
+    z_t, _ = forward_diffuse(SCHEDULE, x[cond["prompt"] == 0], torch.tensor([250]), RNG)
     a.plot(*z_t.flatten(1).T, ".", color="C1", label="data + noise, t = 250")
     states = sample(guided, 32)  # [24]: at t = 250, [-1]: at the end
     a.plot(*states[24, 0, ::4].T, ".", color="silver", label="guided trajectories, w = 1")

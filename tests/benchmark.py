@@ -109,7 +109,7 @@ def measure(script, size: str, sources: list[str], flags: str) -> list[dict]:
         no_pictures = patch.multiple(common.Run, draw=lambda *args: None, grid_row=lambda *args: None)
         no_evaluation = patch.multiple(pd_ddil.Evaluation, reference=lambda *args: None, report=lambda *args: None)
         quiet = redirect_stdout(sys.stderr)
-        with quiet, draw, no_pictures, no_evaluation, patch.object(dmd2_ddil, "draw_transitions", transitions):
+        with quiet, draw, no_pictures, no_evaluation, patch.object(dmd2_ddil, "sample_rollout_length", transitions):
             script.main([*map(str, base), *flags.split()])
     return found
 
@@ -229,7 +229,7 @@ def pd_update(run):
     model, t = run.model(student.network), torch.full((len(run.x),), 999)
 
     def update():
-        z_s = pd_ddil.teacher_landing(run.schedule, teacher, run.x, t, t - 100, t - 200, run.cond, None)
+        z_s = pd_ddil.teacher_target(run.schedule, teacher, run.x, t, t - 100, t - 200, run.cond, None)
         run.minimise(student, pd_ddil.pd_step(run.schedule, model, run.x, z_s, t, t - 200, run.cond))
 
     return update

@@ -16,8 +16,8 @@ from toys import BOX, MEAN, SCHEDULE, STD, clamped, gaussian_model, max_error, n
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler
 from diffusers import StableDiffusionPipeline
 from common import CLEAN, NoiseSchedule, PromptEncoder, SamplingPrior, TrajectoryBuffer, add_noise, combine_guidance
-from common import consistency_function, consistency_rollout, ddim_step, drop_prompts, eps_from_v, forward_states
-from common import guidance_embedding, load_pipeline, load_schedule, measure_support, mixed_rollout, moved_fraction
+from common import consistency_function, consistency_rollout, ddim_step, drop_prompts, eps_from_v, forward_diffuse
+from common import guidance_embedding, load_pipeline, load_schedule, measure_support, mixed_rollout, clipped_fraction
 from common import noise_of, reflect, rotation, student_rollout, teacher_rollout, timestep_grid, v_from_prediction
 from common import with_guidance, x_from_v
 # isort: on
@@ -140,7 +140,7 @@ def test_reflect_projects_onto_the_support():
     once, inside = reflect(x_hat, support), (x_hat >= support[0]) & (x_hat <= support[1])
     assert (once >= support[0]).all() and (once <= support[1]).all() and torch.equal(reflect(once, support), once)
     assert torch.equal(once[inside], x_hat[inside]) and torch.equal(reflect(x_hat, None), x_hat)
-    assert 0 < moved_fraction(x_hat, support) == (~inside).float().mean() < 1 and moved_fraction(x_hat, None) == 0
+    assert 0 < clipped_fraction(x_hat, support) == (~inside).float().mean() < 1 and clipped_fraction(x_hat, None) == 0
 
 
 def test_measured_support_leaves_the_tails_out():
@@ -150,7 +150,7 @@ def test_measured_support_leaves_the_tails_out():
     for tail, low, high in ((5e-4, 5, 9996), (0, 1, 10_000)):
         for bound, value in zip(measure_support(x, tail), (low, high)):
             assert bound.shape == (1, 4, 1, 1) and bound.flatten().tolist() == [value * c for c in range(1, 5)]
-    assert 0 < moved_fraction(x, measure_support(x)) <= 2 * 5e-4
+    assert 0 < clipped_fraction(x, measure_support(x)) <= 2 * 5e-4
 
 
 # --- rollouts ---
@@ -161,7 +161,7 @@ STUDENT_GRID = TEACHER_GRID[::2]
 
 
 def mixed(rate, n=64, seed=0, teacher=TEACHER, student=STUDENT, **more):
-    """Of n samples on N = 8 / 4 steps: (states, landings, moves)."""
+    """Of n samples on N = 8 / 4 steps: (states, teacher_targets, moves)."""
     inputs = randn(n), TEACHER_GRID, STUDENT_GRID, {"b": torch.linspace(-5, 5, n)}
     return mixed_rollout(SCHEDULE, teacher, student, *inputs, rate, seeded(seed), **more)
 
@@ -219,15 +219,15 @@ def test_mixed_rollout_is_each_sample_s_own(rate, support):
 @with_and_without_support
 def test_landings_are_the_teacher_s_from_the_visited_states(support):
     """Whoever moves. Asking changes no trajectory, which follows the seed; nothing is spent after the last answer."""
-    states, landings, moves = mixed(0.5, query=[1, 2, 3], support=support)
-    assert sorted(landings) == [1, 2, 3] and len(moves) == 3
+    states, teacher_targets, moves = mixed(0.5, query=[1, 2, 3], support=support)
+    assert sorted(teacher_targets) == [1, 2, 3] and len(moves) == 3
     assert all_equal(states, mixed(0.5, support=support)[0][:4])
     assert not all_equal(states, mixed(0.5, seed=1, support=support)[0][:4])
-    for j, z_s in landings.items():
+    for j, z_s in teacher_targets.items():
         inputs = states[j], TEACHER_GRID[2 * j : 2 * j + 3], {"b": torch.linspace(-5, 5, 64)}
         assert torch.equal(z_s, teacher_rollout(SCHEDULE, TEACHER, *inputs, support)[-1])
     for j in (1, 2):  # where the teacher moved it moved there, and the student did not
-        assert torch.equal((landings[j] != states[j + 1]).flatten(1).any(dim=1), moves[j])
+        assert torch.equal((teacher_targets[j] != states[j + 1]).flatten(1).any(dim=1), moves[j])
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.15, 0.8, 1.0])
@@ -258,8 +258,8 @@ def test_each_move_may_have_a_rate_of_its_own():
 def test_no_graph_through_rollouts():
     scale = torch.nn.Parameter(torch.tensor(0.5))
     model = lambda z_t, t, cond: scale * z_t
-    states, landings, _ = mixed(0.5, teacher=model, student=model, query=range(4))
-    made = [*states, *landings.values(), *teacher_rollout(SCHEDULE, model, states[0], TEACHER_GRID, {})]
+    states, teacher_targets, _ = mixed(0.5, teacher=model, student=model, query=range(4))
+    made = [*states, *teacher_targets.values(), *teacher_rollout(SCHEDULE, model, states[0], TEACHER_GRID, {})]
     made += consistency_rollout(SCHEDULE, model, states[0], TEACHER_GRID, {}, seeded())
     assert not any(z.requires_grad for z in made) and model(states[0], None, {}).requires_grad
 
@@ -295,12 +295,15 @@ def test_biased_student_drifts_as_predicted():
 
     b = 0.3
     student = lambda z_t, t, cond: gaussian_model(z_t, t, cond) + b
-    states, landings, moves = mixed(0.5, n=256, teacher=gaussian_model, student=student, query=range(4))
+    states, teacher_targets, moves = mixed(0.5, n=256, teacher=gaussian_model, student=student, query=range(4))
     u = centred(states[0], 999)
     for j, (t, s) in enumerate(pairwise(STUDENT_GRID)):
         m = TEACHER_GRID[2 * j + 1]
         by_teacher = gain(t, m) * gain(m, s) * u  # from the visited state, drift and all
-        assert max_error(centred(states[j], t), u) < 1e-12 and max_error(centred(landings[j], s), by_teacher) < 1e-12
+        assert (
+            max_error(centred(states[j], t), u) < 1e-12
+            and max_error(centred(teacher_targets[j], s), by_teacher) < 1e-12
+        )
         if j < len(moves):
             d = rotation(SCHEDULE, torch.tensor([t]), torch.tensor([s]))[1]
             u = torch.where(moves[j].view(-1, 1, 1, 1), gain(t, s) * u - d * b, by_teacher)
@@ -314,7 +317,7 @@ def test_consistency_rollout_of_exact_estimates_keeps_the_marginals():
         return (SCHEDULE.alpha[t[0]] * z_t - x) / SCHEDULE.sigma[t[0]]
 
     x, timesteps = MEAN + STD * randn(2000), [999, 759, 499, 259]  # 72,000 independent values
-    z, _ = forward_states(SCHEDULE, x, torch.full((2000,), 999), seeded(1))
+    z, _ = forward_diffuse(SCHEDULE, x, torch.full((2000,), 999), seeded(1))
     for s, state in zip(timesteps, consistency_rollout(SCHEDULE, flow_model, z, timesteps, {}, seeded(2))):
         assert abs(centred(state, s).mean()) < 0.02 and abs(state.std() / std_at(s) - 1) < 0.02
 

@@ -18,9 +18,9 @@ import dmd2_ddil
 
 # isort: off
 from common import LatentData, NoiseSchedule, PromptEncoder, Run, SamplingPrior, UNetModel, add_noise, betas_of
-from common import checkpoints_of, consistency_function, forward_states, latent_shape, lcm_scheduler, load_pipeline
+from common import checkpoints_of, consistency_function, forward_diffuse, latent_shape, lcm_scheduler, load_pipeline
 from common import load_schedule, load_state, noise_of, open_rows, priors_of, seed_of, timestep_grid, with_guidance
-from dmd2_ddil import Critic, GANHead, critic_step, draw_movers, draw_transitions, make_head, matching_gradient
+from dmd2_ddil import Critic, GANHead, critic_step, draw_actors, sample_rollout_length, make_head, matching_gradient
 from dmd2_ddil import parse_args, reflect_value, student_states, student_step
 # isort: on
 
@@ -89,12 +89,12 @@ def test_student_s_losses(support):
     x_g[0] = MEAN
     losses, notes = student_step(SCHEDULE, perfect, FAKE, JUDGE, x_g.requires_grad_(True), {}, support, 0.3, seeded(3))
     tau = torch.randint(20, 981, (8,), generator=noise)
-    z_tau, (alpha_t, sigma_t) = forward_states(SCHEDULE, x_g.detach(), tau, noise)[0], SCHEDULE.at(tau)
+    z_tau, (alpha_t, sigma_t) = forward_diffuse(SCHEDULE, x_g.detach(), tau, noise)[0], SCHEDULE.at(tau)
     estimates = [alpha_t * z_tau - sigma_t * model(z_tau, tau, {}) for model in (perfect, FAKE)]
     x_real, x_fake = (x_hat if support is None else x_hat.clamp(*support) for x_hat in estimates)
     g = torch.stack([(b - a) / (x - a).abs().mean().clamp(min=1e-3) for x, a, b in zip(x_g.detach(), x_real, x_fake)])
     t = torch.randint(1000, (8,), generator=noise)
-    gan = F.softplus(-JUDGE(forward_states(SCHEDULE, x_g, t, noise)[0], t, {}))
+    gan = F.softplus(-JUDGE(forward_diffuse(SCHEDULE, x_g, t, noise)[0], t, {}))
     ours, gan_g = (torch.autograd.grad(loss.sum(), x_g)[0] for loss in (losses, gan))
     assert max_error(ours, g / 36 + 0.3 * gan_g) < 1e-9
     assert max_error(notes["loss_matching"], 0.5 * (g**2).mean(dim=(1, 2, 3))) < 1e-9
@@ -114,10 +114,10 @@ def test_critic_s_loss():
     x_g, x, noise = randn(4), randn(4, seed=1), seeded(5)
     losses, notes = critic_step(SCHEDULE, FAKE, JUDGE, x_g, x, {}, 0.3, seeded(5))
     t = torch.randint(1000, (4,), generator=noise)
-    (z_t, eps), (alpha_t, sigma_t) = forward_states(SCHEDULE, x_g, t, noise), SCHEDULE.at(t)
+    (z_t, eps), (alpha_t, sigma_t) = forward_diffuse(SCHEDULE, x_g, t, noise), SCHEDULE.at(t)
     fake = (sigma_t * z_t + alpha_t * FAKE(z_t, t, {}) - eps).pow(2).mean(dim=(1, 2, 3))
     t = torch.randint(1000, (8,), generator=noise)
-    generated, real = JUDGE(forward_states(SCHEDULE, torch.cat([x_g, x]), t, noise)[0], t, {}).chunk(2)
+    generated, real = JUDGE(forward_diffuse(SCHEDULE, torch.cat([x_g, x]), t, noise)[0], t, {}).chunk(2)
     expected = fake + 0.3 * ((1 + generated.exp()).log() + (1 + (-real).exp()).log())
     for ours, theirs in ((losses, expected), (notes["logit_generated"], generated), (notes["logit_real"], real)):
         assert max_error(ours, theirs) < 1e-9
@@ -142,40 +142,40 @@ def opened(teacher_folder, data_folder, tmp_path_factory):
 def test_draws():
     """Transitions are uniform and follow the seed. The source moves; in a mixed rollout anyone, with the shares of this
     part of the run, but for forward diffusion."""
-    draws = [draw_transitions(0, update, i, 4) for update in range(400) for i in range(2)]
+    draws = [sample_rollout_length(0, update, i, 4) for update in range(400) for i in range(2)]
     assert all(draws.count(k) / 800 == pytest.approx(0.25, abs=0.06) for k in range(4))
-    assert draws != [draw_transitions(1, update, i, 4) for update in range(400) for i in range(2)]
+    assert draws != [sample_rollout_length(1, update, i, 4) for update in range(400) for i in range(2)]
     prior = SamplingPrior(seeded(), forward=[0.2, 0.0], teacher=[0.6, 0.5], student=[0.2, 0.5])
-    assert all(draw_movers(prior, who, 0, 3, mixed=who == "forward") == [who] * 3 for who in prior.priors)
+    assert all(draw_actors(prior, who, 0, 3, mixed=who == "forward") == [who] * 3 for who in prior.priors)
     for part, share in ((0, 0.25), (1, 0.5)):
-        movers = [mover for _ in range(500) for mover in draw_movers(prior, "teacher", part, 3, mixed=True)]
-        assert movers.count("student") / 1500 == pytest.approx(share, abs=0.04) and {*movers} == {"student", "teacher"}
+        actors = [who for _ in range(500) for who in draw_actors(prior, "teacher", part, 3, mixed=True)]
+        assert actors.count("student") / 1500 == pytest.approx(share, abs=0.04) and {*actors} == {"student", "teacher"}
 
 
-@pytest.mark.parametrize("movers", ["", "forward forward", "student student teacher", "teacher student teacher"])
+@pytest.mark.parametrize("actors", ["", "forward forward", "student student teacher", "teacher student teacher"])
 @torch.no_grad()
-def test_states_are_those_of_diffusers_schedulers(movers, opened):
+def test_states_are_those_of_diffusers_schedulers(actors, opened):
     """Noised data, pure noise at 999; the student's sampler, and the teacher's own five steps from one of its timesteps
     to the next, guided and reflected."""
-    (run, nets), movers = opened, movers.split()
+    (run, nets), actors = opened, actors.split()
     x, cond = dmd2_ddil.data_batch(run, need_images=True)
     state, noise, grids = run.noise.get_state(), torch.Generator(), (T, timestep_grid(20, "trailing"))
-    z_t, t = student_states(run, nets.rolling, nets.real, grids, [*movers, "forward"][0], movers, x, cond)
+    z_t, t = student_states(run, nets.rolling, nets.real, grids, [*actors, "forward"][0], actors, x, cond)
     noise.set_state(state)
     z = torch.randn(4, 4, 8, 8, generator=noise)
     lcm, ddim = lcm_scheduler(run.pipe, 4), DDIMScheduler(**betas_of(run.pipe), clip_sample_range=0.5)
     lcm.set_timesteps(4)
     ddim.set_timesteps(20)
-    for t_i, s_i, mover in zip(T, T[1:], movers):
-        if mover == "student":
+    for t_i, s_i, who in zip(T, T[1:], actors):
+        if who == "student":
             eps = nets.student.plain(z, t_i, cond["prompt"]).sample
             z = lcm.step(eps, torch.tensor(t_i), z, generator=noise).prev_sample
-        for step in range(t_i, s_i, -50) if mover == "teacher" else ():
+        for step in range(t_i, s_i, -50) if who == "teacher" else ():
             prompts = torch.cat([run.null["prompt"].expand_as(cond["prompt"]), cond["prompt"]])
             eps_null, eps = run.pipe.unet(torch.cat([z, z]), step, prompts).sample.chunk(2)
             z = ddim.step(eps_null + W * (eps - eps_null), step, z, use_clipped_model_output=True).prev_sample
-    z = ddim.add_noise(x, z, t) if movers == ["forward", "forward"] else z
-    assert max_error(z, z_t) < 1e-4 and t.tolist() == [T[len(movers)]] * 4
+    z = ddim.add_noise(x, z, t) if actors == ["forward", "forward"] else z
+    assert max_error(z, z_t) < 1e-4 and t.tolist() == [T[len(actors)]] * 4
 
 
 def test_gradients_reach_only_whom_they_should(opened):
@@ -268,7 +268,7 @@ def test_plain_dmd2_equals_a_short_independent_loop(parts, teacher_folder, data_
         optimizers[who].zero_grad()
 
     for i in range(6 * 2):
-        made, x_g, k = [], None, draw_transitions(3, i // 2, i % 2, 4)
+        made, x_g, k = [], None, sample_rollout_length(3, i // 2, i % 2, 4)
         for _ in range(parts):
             x, ids = data.next()
             cond = prompts.encode(ids) | {"w": torch.full((B,), W)}
@@ -315,9 +315,9 @@ def test_metrics(flags, tmp_path, teacher_folder, data_folder):
     prior = SamplingPrior(seeded(seed_of(0, "shared")), **priors_of(parse_args(flags.split())))
     rows, rates = rows_of(tmp_path / "run"), [5e-4, 1e-3, 8e-4, 6e-4, 4e-4, 2e-4]
     for update, (row, rate) in enumerate(zip(rows, rates, strict=True)):
-        lengths = [draw_transitions(0, update, i, 4) for i in range(2)]
-        movers = [draw_movers(prior, prior.draw(0), 0, length, has_images) for length in lengths]
-        ends = [["noise", *who][-1] for who in movers]
+        lengths = [sample_rollout_length(0, update, i, 4) for i in range(2)]
+        actors = [draw_actors(prior, prior.draw(0), 0, length, has_images) for length in lengths]
+        ends = [["noise", *who][-1] for who in actors]
         filled = {f"loss_fake_{who}" for who in ends} | {f"loss_matching_{ends[0]}", f"loss_matching_t{T[lengths[0]]}"}
         empty = {column for column in row if re.match("loss_(matching|fake)_", column)} - filled
         signed = {"logit_real", "logit_generated", "x_mean"}
@@ -326,7 +326,7 @@ def test_metrics(flags, tmp_path, teacher_folder, data_folder):
         assert all(float(row[column]) > 0 for column in {*row} - empty - signed - {"x_g_mean"})
         # a critic's update: the rollout, student 1, fake score 1 + 2, GAN 2 (1 + 2) times the encoder, .4 of a UNet; a
         # student's besides: backward 2, guided teacher 2, fake score 1, the encoder 1 + 1 times
-        forwards = 2 * 4 + 5 + (2 * 6 + 2) * 0.4 * has_images + sum(cost[who] for who in movers[0] + movers[1])
+        forwards = 2 * 4 + 5 + (2 * 6 + 2) * 0.4 * has_images + sum(cost[who] for who in actors[0] + actors[1])
         assert float(row["unet_forwards"]) - before == pytest.approx(4 * forwards) and float(row["lr"]) == rate
         before, seen = float(row["unet_forwards"]), seen.union(ends)
     assert seen == {"noise", "teacher", "student", *["forward"] * has_images}

@@ -16,7 +16,15 @@ import lcm_ddil
 from common import CLEAN, LatentData, PromptEncoder, Run, SamplingPrior, StopRequest, UNetModel, add_noise, betas_of
 from common import consistency_function, ddim_step, lcm_scheduler, load_pipeline, load_schedule, open_rows, part_of
 from common import priors_of, rotation, seed_of, timestep_grid, with_guidance, with_w_embedding
-from lcm_ddil import consistency_step, draw_cond, draw_stop, networks_of, parse_args, rollout_batch, sampler_timesteps
+from lcm_ddil import (
+    consistency_step,
+    draw_cond,
+    sample_rollout_timesteps,
+    networks_of,
+    parse_args,
+    rollout_batch,
+    sampler_timesteps,
+)
 # isort: on
 
 GRID = timestep_grid(50, "trailing")
@@ -98,7 +106,7 @@ def test_states_are_those_of_diffusers_schedulers(source, tmp_path, teacher_fold
     """Of the student's sampler, and of the teacher's DDIM on the solver grid, guided and reflected; stopped at any point of
     three to five steps of the student's, but at the start only if asked for [D12]."""
     run = open_run(lcm_ddil, f"{paths(tmp_path, teacher_folder, data_folder)} {FLAGS} --reflect 0.5")
-    (trained, _, teacher), stops = networks_of(run), noting(monkeypatch, lcm_ddil, "draw_stop")
+    (trained, _, teacher), stops = networks_of(run), noting(monkeypatch, lcm_ddil, "sample_rollout_timesteps")
     student, noise, lcm = run.model(trained.plain), torch.Generator(), lcm_scheduler(run.pipe, 50)
     ddim = DDIMScheduler(**betas_of(run.pipe), clip_sample_range=0.5)
     ddim.set_timesteps(50)
@@ -119,14 +127,14 @@ def test_states_are_those_of_diffusers_schedulers(source, tmp_path, teacher_fold
                 z = ddim.step(u + w.view(-1, 1, 1, 1) * (c - u), k, z, use_clipped_model_output=True).prev_sample
         assert max_error(z, z_t) < 1e-4 and t.tolist() == [stop[-1]] * 4 and torch.equal(cond["w"], w)
     for run.args.store_start in (False, True):
-        seen, first = {tuple(draw_stop(run, GRID)) for _ in range(500)}, 1 if run.args.store_start else 2
+        seen, first = {tuple(sample_rollout_timesteps(run, GRID)) for _ in range(500)}, 1 if run.args.store_start else 2
         assert seen == {tuple(sampler_timesteps(n, GRID)[:j]) for n in (3, 4, 5) for j in range(first, n + 1)}
 
 
 def test_control_differs_in_the_latents_alone(tmp_path, teacher_folder, data_folder, monkeypatch):
     """[D16] --forward_control has forward diffusion at the timesteps of the rollouts, in their share of the updates."""
     monkeypatch.setattr(lcm_ddil, "rollout_batch", None)
-    drawn, diffused = (noting(monkeypatch, lcm_ddil, name) for name in ("draw_stop", "forward_states"))
+    drawn, diffused = (noting(monkeypatch, lcm_ddil, name) for name in ("sample_rollout_timesteps", "forward_diffuse"))
     trained = noting(monkeypatch, lcm_ddil, "consistency_step")
     lcm_here(tmp_path, teacher_folder, data_folder, "--p_forward 0 --forward_control")
     for (_, stop), (_, (made, _)), (inputs, _) in zip(drawn, diffused, trained, strict=True):
@@ -203,7 +211,7 @@ def test_metrics(tmp_path, teacher_folder, data_folder):
     for update, row in enumerate(rows_of(tmp_path / "run")):
         source, forwards = prior.draw(part_of(update, 12, 2)), int(row["unet_forwards"])
         assert [name for name in priors if row[f"loss_{name}"]] == [source] and row[f"loss_{source}"] == row["loss"]
-        stop = [999] if source == "forward" else draw_stop(run, GRID)
+        stop = [999] if source == "forward" else sample_rollout_timesteps(run, GRID)
         expected = 6 + (len(stop) - 1 if source == "student" else 2 * GRID.index(stop[-1]))
         assert 4 * expected - 4 * (source == "forward") <= forwards - before <= 4 * expected
         before, seen = forwards, seen | {source}

@@ -19,11 +19,11 @@ from common import CLEAN, add_noise, ddim_step, rotation, teacher_rollout, times
 from common import PromptEncoder, UNetModel, load_pipeline, load_schedule, with_guidance, with_w_embedding
 from common import LatentData, Run, open_rows, seed_of
 from pd_ddil import DAgger, Phase, collect, dagger_batch, forward_batch, guidance_step, open_phase
-from pd_ddil import parse_args, pd_step, plan_phases, teacher_landing, v_step
+from pd_ddil import parse_args, pd_step, plan_phases, teacher_target, v_step
 # isort: on
 
 FLAGS = " ".join(SMALL)
-TAU = torch.tensor([*timestep_grid(16), CLEAN])  # 16 steps of the toy teacher, 8 of its student
+TEACHER_GRID = torch.tensor([*timestep_grid(16), CLEAN])  # 16 steps of the toy teacher, 8 of its student
 TEACHER, STUDENT = nonlinear_model, lambda z_t, t, cond: nonlinear_model(z_t, t, cond) + 0.2
 
 
@@ -48,7 +48,7 @@ def test_target_and_loss_are_the_paper_s(n, support):
     teacher's steps are reflected [D15], the student's is not; at the clean end both land on an estimate of x [D6]."""
     t, m, s = intervals(n)
     z_t, v_s = 2 * randn(n // 2), randn(n // 2, seed=1)
-    z_s = teacher_landing(SCHEDULE, nonlinear_model, z_t, t, m, s, {}, support)
+    z_s = teacher_target(SCHEDULE, nonlinear_model, z_t, t, m, s, {}, support)
     landed = z_t
     for now, then in ((t, m), (m, s)):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = SCHEDULE.at(now), SCHEDULE.at(then)
@@ -71,7 +71,7 @@ def test_fixed_point_through_all_halvings():
     for n in (32, 16, 8, 4, 2):
         t, m, s = intervals(n)
         z_t, z_s = (torch.cat([z[k] for k in times.tolist()]) for times in (t, s))
-        assert max_error(teacher_landing(SCHEDULE, teacher, z_t, t, m, s, {}, None), z_s) < 1e-10
+        assert max_error(teacher_target(SCHEDULE, teacher, z_t, t, m, s, {}, None), z_s) < 1e-10
         outputs = dict(zip(t.tolist(), v_target_of(z_t, z_s, t, s)))
         teacher = lambda z_t, t, cond, outputs=outputs: torch.stack([outputs[k] for k in t.tolist()])
         assert pd_step(SCHEDULE, teacher, z_t, z_s, t, s, {}).max() < 1e-20
@@ -111,10 +111,13 @@ def test_stored_states(case, tmp_path, gc_folder, data_folder):
     own, the teacher's or mixed; and where the teacher lands from them [D17]. A full buffer lets go of whole trajectories."""
     rate, flags = case.split(" ", 1)
     run = open_run(pd_ddil, f"{paths(tmp_path, gc_folder, data_folder)} {FLAGS} --reflect {flags}")
-    rows, first = collect(run, TEACHER, STUDENT, TAU.tolist(), float(rate)), 1 - run.args.store_start
+    rows, first = collect(run, TEACHER, STUDENT, TEACHER_GRID.tolist(), float(rate)), 1 - run.args.store_start
     assert rows["j"].tolist() == [*range(first, 8)] * 4
-    cond, times = run.prompts.encode(rows["ids"]) | {"w": rows["w"]}, (TAU[2 * rows["j"] + i] for i in range(3))
-    landed = teacher_landing(run.schedule, TEACHER, rows["z_t"], *times, cond, run.support)
+    cond, times = (
+        run.prompts.encode(rows["ids"]) | {"w": rows["w"]},
+        (TEACHER_GRID[2 * rows["j"] + i] for i in range(3)),
+    )
+    landed = teacher_target(run.schedule, TEACHER, rows["z_t"], *times, cond, run.support)
     assert max_error(rows["z_s"], landed) < 1e-5 and W_RANGE[0] <= rows["w"].min() < rows["w"].max() <= W_RANGE[1]
     w, ids, z_t = (rows[name].unflatten(0, (4, -1)) for name in ("w", "ids", "z_t"))
     assert (w == w[:, :1]).all() and (ids == ids[:, :1]).all()
@@ -137,9 +140,9 @@ def test_a_state_is_used_reuse_times(reuse, capacity, tmp_path, gc_folder, data_
     for _ in range(40):
         before, saved, dagger = (dagger.added, len(calls)), dagger.state_dict(), DAgger(capacity, "cpu")
         dagger.load_state_dict(saved)
-        seen[0].update(dagger_batch(run, dagger, *models, TAU, 0.5)[2].tolist())
+        seen[0].update(dagger_batch(run, dagger, *models, TEACHER_GRID, 0.5)[2].tolist())
         assert (dagger.added == before[0]) == (len(calls) == before[1])
-        seen[1].update(forward_batch(run, TEACHER, TAU, range(2, 8))[2].tolist())
+        seen[1].update(forward_batch(run, TEACHER, TEACHER_GRID, range(2, 8))[2].tolist())
     fits = min(4 * 7, capacity)  # of a rollout's states
     assert 0 <= dagger.added // (4 * 7) * fits * reuse - 40 * 4 < fits * reuse
     assert seen == ({*timesteps[1:]}, {*timesteps[2:]})
@@ -149,7 +152,7 @@ def test_a_state_is_used_reuse_times(reuse, capacity, tmp_path, gc_folder, data_
 def test_control_differs_in_the_latents_alone(start, tmp_path, gc_folder, data_folder, monkeypatch):
     """[D16] --forward_control has forward diffusion at the timesteps of D_DAgger, in its share of the updates."""
     monkeypatch.setattr(pd_ddil, "collect", None)
-    names = "forward_states", "teacher_landing", "pd_step"
+    names = "forward_diffuse", "teacher_target", "pd_step"
     diffused, landed, trained = (noting(monkeypatch, pd_ddil, name) for name in names)
     flags = f"--teacher_steps 8 --updates 4=20 --p_forward 0 --forward_control --reflect 0.5 {start}"
     pd_here(tmp_path / "run", gc_folder, data_folder, flags)

@@ -8,7 +8,7 @@ from conftest import ROOT
 from diffusers import FlowMatchEulerDiscreteScheduler
 from toys import max_error, nonlinear_model, randn, seeded
 
-from common import CLEAN, NoiseSchedule, forward_states, teacher_rollout, timestep_grid
+from common import CLEAN, NoiseSchedule, forward_diffuse, teacher_rollout, timestep_grid
 
 
 def test_the_gain_comes_with_guidance(tmp_path, monkeypatch, capsys):
@@ -34,7 +34,7 @@ def test_flow_matching_is_the_same_schedule(shift, n):
     for i, t in enumerate([*grid, CLEAN]):
         scale, s = sum(schedule.at(torch.full((6,), t))), scheduler.sigmas[i]  # alpha_t + sigma_t
         assert max_error(states[i] / scale, z_flow) < 1e-5
-        z_t, eps = forward_states(schedule, x, torch.full((6,), t), seeded())
+        z_t, eps = forward_diffuse(schedule, x, torch.full((6,), t), seeded())
         assert max_error(z_t / scale, (1 - s) * x + s * eps) < 1e-6
         if t != CLEAN:  # Euler's step
             z_flow = scheduler.step(network(z_flow, s.expand(6), cond), scheduler.timesteps[i], z_flow).prev_sample
