@@ -184,7 +184,7 @@ Model = Callable[[Tensor, Tensor, dict], Tensor]
 
 
 def to_device(value: Tensor, device) -> Tensor:
-    """value.to(device), for which the host does not wait until a GPU is done with what it was given before."""
+    """value.to(device) without blocking the host on work that is queued on the GPU."""
     if value.device.type != "cpu" or torch.device(device).type in ("cpu", "mps"):
         return value.to(device)
     return value.pin_memory().to(device, non_blocking=True)
@@ -214,8 +214,8 @@ def student_rollout(
     return teacher_rollout(schedule, student, z, timesteps, cond)
 
 
-def rows_of(mask: Tensor, multiple: int) -> Tensor:
-    """The rows where the mask is true; the first of them repeated, until there are as many as a multiple."""
+def padded_rows(mask: Tensor, multiple: int) -> Tensor:
+    """Indices where the mask is true, padded with the first one to a multiple of `multiple`."""
     rows = mask.nonzero().flatten()
     return torch.cat([rows, rows[:1].expand(-len(rows) % multiple)])
 
@@ -239,10 +239,10 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     `student_rate`, the paper's beta; a tensor [B, intervals] gives each move its own, and 0 or 1 leave no choice) or with
     the teacher through its own grid points. Both grids end with CLEAN.
 
-    Returns (states, teacher_targets, moves): the state at every point of student_grid; for the interval indices in `query`
-    where the *teacher* lands from the visited state, whoever moves; masks [B] of who moved with the student. Given
-    `query`, it stops after the last one is answered. Who moves together is filled up to a `multiple` of rows, which
-    leaves compiled networks few shapes.
+    Returns (states, teacher_targets, moves): the state at every point of student_grid; for each interval in `query` what
+    pd_ddil.teacher_target gives for its visited state, whoever acts; masks [B], true where the student acted. Given
+    `query`, it stops after its last interval. Rows that move together are padded to a `multiple`, which leaves compiled
+    networks few shapes.
     """
     states, teacher_targets, moves = [z], {}, []
     rates = torch.as_tensor(student_rate, device=generator.device).expand(len(z), len(student_grid) - 1)
@@ -253,7 +253,7 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
         student_moves = torch.rand(len(z), generator=generator, device=generator.device) < rates[:, j]
         asks_all = query is not None and j in query
         masks = asks_all | ~student_moves, student_moves
-        asked, moved = (to_device(rows_of(m, multiple), z.device) for m in masks)
+        asked, moved = (to_device(padded_rows(m, multiple), z.device) for m in masks)
         n_asked, n_moved = (int(m.sum()) for m in masks)  # a repeated row is not written again
         z_s = torch.empty_like(z)
         if len(asked):  # Alg. 2 line 4; also the target of a state that is stored, Alg. 3 line 8 [D17]
@@ -308,8 +308,8 @@ def consistency_rollout(
 class SamplingPrior:  # DDIL: chooses among Alg. 1 lines 3-5, App. A
     """Eq. 2's mixture [D25]: a categorical distribution over where z_t comes from [D3], in each part of training (App. A).
 
-    SamplingPrior(generator, forward=(.75, .5), dagger=(.25, .5)). Every rank seeds this generator alike and draws from
-    it only what ranks must share, so all of them take the same source [D14]. ValueError if a part does not sum to 1.
+    SamplingPrior(generator, forward=(.75, .5), dagger=(.25, .5)). All ranks seed this generator identically and
+    use it for shared draws alone, so all take the same source [D14]. ValueError if a part does not sum to 1.
     """
 
     def __init__(self, generator: torch.Generator, **priors: Sequence[float]):
@@ -411,7 +411,7 @@ class UNetModel:
     def __init__(self, unet, schedule: NoiseSchedule, prediction_type: str, autocast: Callable):
         self.unet, self.schedule, self.prediction_type = unet, schedule, prediction_type
         self.config, self.dtype = getattr(unet, "module", unet).config, next(unet.parameters()).dtype
-        # a network all in half precision (so not a LoRA on one) needs none, which would cast its norms back and forth
+        # none for a network all in half precision (a LoRA on one is not): it would cast norms back and forth
         self.autocast = autocast if any(p.dtype == torch.float32 for p in unet.parameters()) else nullcontext
         self.forwards = 0  # samples evaluated so far
 
@@ -573,7 +573,7 @@ def load_pipeline(name: str, flag: str = "--teacher", resolution: Sequence[int] 
 
 
 def refuse_zero_snr(pipe, flag: str, name: str) -> None:
-    """SystemExit for a network whose eps at 999 says nothing of x: alpha is 0 there."""
+    """SystemExit if it predicts eps and alpha is 0 at 999, where eps cannot give x."""
     if pipe.scheduler.config.prediction_type == "epsilon" and load_schedule(pipe).alpha.min() == 0:
         raise SystemExit(f"{flag} {name}: predicts epsilon and has zero terminal SNR; that needs v-prediction")
 
@@ -602,7 +602,7 @@ def dpm_solver(pipe, prediction_type: str, order: int):
 
 
 def lcm_scheduler(pipe, solver_steps: int):
-    """LCM's and DMD2's sampler in stock diffusers: its timesteps, of any number, are points of so many trailing ones."""
+    """LCM's and DMD2's sampler in stock diffusers: it picks any number of steps from a trailing grid of `solver_steps`."""
     from diffusers import LCMScheduler
 
     grid = {"original_inference_steps": solver_steps, "clip_sample": False, "steps_offset": 1}
@@ -701,7 +701,7 @@ CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "captions")
 TABLES = {"parquet": "parquet", "jsonl": "json", "csv": "csv"}  # kinds of file: the library's readers
 
 
-def column_of(names: Iterable[str], usual: Sequence[str]) -> str | None:
+def find_column(names: Iterable[str], usual: Sequence[str]) -> str | None:
     """The first usual name that is there, in any case."""
     there = {name.lower(): name for name in reversed([*names])}
     return next((there[name] for name in usual if name in there), None)
@@ -725,7 +725,7 @@ def row_of(sample: dict, caption: str | None) -> dict:
         fields = json.loads(sample.get("json", b"{}"))
     fields = fields if isinstance(fields, dict) else {"caption": fields}
     fields |= {kind: sample[kind].decode("utf-8-sig", "replace") for kind in ("txt", "caption") if kind in sample}
-    text = fields.get(caption or column_of(fields, ("txt", *CAPTION_COLUMNS)))
+    text = fields.get(caption or find_column(fields, ("txt", *CAPTION_COLUMNS)))
     text = caption_of(text, 0) if isinstance(text, list) else text and str(text)
     return {"image": next((sample[k] for k in sample if k in IMAGE_KINDS), None), caption or "caption": text}
 
@@ -763,7 +763,7 @@ def read_tars(files: list[Path], streaming: bool, caption: str | None):
     import datasets
 
     features = {"image": datasets.Value("large_binary"), caption or "caption": datasets.Value("string")}
-    version = version_of(files, tar_rows, row_of, caption_of, column_of)
+    version = version_of(files, tar_rows, row_of, caption_of, find_column)
     settings = {"tars": [*map(str, files)], "caption": caption, "version": version}
     kind = datasets.IterableDataset if streaming else datasets.Dataset
     return kind.from_generator(tar_rows, features=datasets.Features(features), gen_kwargs=settings)
@@ -800,7 +800,7 @@ def read_tables(files: list[Path], streaming: bool, caption: str | None):
     for (folder, kind), group in groups.items():
         rows = datasets.load_dataset(kind, version_of(group), data_files=group, split="train", streaming=streaming)
         features = rows.features or rows._resolve_features().features
-        path = column_of(features, IMAGE_COLUMNS)
+        path = find_column(features, IMAGE_COLUMNS)
         if path and getattr(features[path], "dtype", "").endswith("string"):
             full = lambda row, path=path, at=folder: {path: row[path] and str(at / row[path].replace("\\", "/"))}
             rows = rows.map(full, features=features)
@@ -818,8 +818,8 @@ def read_prompts(files: list[Path], streaming: bool, caption: str | None):
 
 
 def read_path(path: Path, what: str, streaming: bool, caption: str | None) -> tuple[dict, str]:
-    """({"train": rows, "test": rows, if there are}, what was read and what was not) of a file or folder. A file is of the
-    test split where its name, or a folder's below `path`, says test, validation, valid or val."""
+    """({"train": rows, "test": rows, if there are}, what was read and what was not) of a file or folder. A file is in
+    the test split if its path below `path` contains test, validation, valid or val."""
     import datasets
 
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -866,8 +866,8 @@ class Rows:
 def open_rows(
     name: str, flag="--data", need_images=True, need_captions=True, streaming=False, image=None, caption=None
 ) -> Rows:
-    """--data: a folder, a file or a hub name. Held out are captions of the test / validation split, or without one of a
-    tenth of the rows, HELD_OUT at most, then not trained on. `image`, `caption`: the columns, if others than usual."""
+    """--data: a folder, a file or a hub name. Held-out captions are the test / validation split's, else those of a tenth
+    of the rows (at most HELD_OUT), which are then not trained on. `image`, `caption`: the columns, if others than usual."""
     import datasets
 
     path = Path(name)
@@ -883,8 +883,8 @@ def open_rows(
     except Exception as error:  # noqa: BLE001  the library raises many kinds, all with a usable message
         raise SystemExit(f"{flag} {name}: cannot be read as a data set ({' '.join(str(error).split())})")
     of_images = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
-    found = {"image": image or next(iter(of_images), column_of(features, IMAGE_COLUMNS))}
-    found["caption"] = caption or column_of(features, CAPTION_COLUMNS)
+    found = {"image": image or next(iter(of_images), find_column(features, IMAGE_COLUMNS))}
+    found["caption"] = caption or find_column(features, CAPTION_COLUMNS)
     named = {what: f"; --{what}_column names another" * (flag == "--data") for what in found}
     for what, needed in ("image", need_images), ("caption", need_captions):
         if found[what] and found[what] not in features:
@@ -911,7 +911,7 @@ def open_rows(
         first = [row["caption"] for row in captions(train).take(10 * HELD_OUT)]
         held_out = first[: max(1, len(first) // 10)]
         train = train.skip(len(held_out))
-        train._ex_iterable.split_when_sharding = False  # of each rank's files so many; not shared out among them
+        train._ex_iterable.split_when_sharding = False  # every rank skips n rows of its own files; n is not split
     else:
         n = len(train) - min(HELD_OUT, max(1, len(train) // 10))
         held_out = [row["caption"] for row in captions(train.select(range(n, len(train))))]
@@ -950,8 +950,8 @@ def open_image(value):
 
 
 def decode(row: dict, shape: Sequence[int], draw: int = 0) -> tuple[str | None, dict]:
-    """(why a row cannot be trained on, or None; its caption and, where it has an image, "pixels" [H, W, 3] uint8, the middle
-    of it in the given shape, and the image's own "height_width"). Rows of cached latents stay as they are."""
+    """(reason a row is unusable, or None; sample): its caption and, given an image, the centre crop "pixels" [H, W, 3] uint8
+    and the image's own "height_width". Rows of cached latents pass through."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -985,7 +985,7 @@ def report_on_data(args, pipe, rows: Rows, accelerator) -> str:
     counts, examples, sides, sheet = Counter(usable=0), {}, [], Path(f"{Path(args.output_dir)}-data.png")
     tokenizer, n_cut = pipe.tokenizer, 0
     with ThreadPoolExecutor() as threads:
-        for reason, sample in tqdm(ahead(threads, partial(decode, shape=shape), rows.train), desc="checking"):
+        for reason, sample in tqdm(prefetch_map(threads, partial(decode, shape=shape), rows.train), desc="checking"):
             counts[reason or "usable"] += 1
             n_cut += not reason and len(tokenizer(sample["caption"]).input_ids) > tokenizer.model_max_length
             if not reason and "pixels" in sample:
@@ -1007,8 +1007,8 @@ def rows_of_columns(columns: dict[str, Sequence]) -> list[dict]:
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
-def ahead(threads: ThreadPoolExecutor, function: Callable, items: Iterable, n: int = 64):
-    """function(item) of all items in order, n of them under way."""
+def prefetch_map(threads: ThreadPoolExecutor, function: Callable, items: Iterable, n: int = 64):
+    """Yield function(item) in order, prefetching up to n."""
     items, waiting = iter(items), deque()
     for item in items:
         waiting.append(threads.submit(function, item))
@@ -1019,8 +1019,8 @@ def ahead(threads: ThreadPoolExecutor, function: Callable, items: Iterable, n: i
 
 
 class ShuffledRows:
-    """Rows of a rank in an endless order. Of a data set that is indexed: batch k of rank r takes places (k n_ranks + r) B
-    .. + B of the concatenated, shuffled epochs, and the position is a number."""
+    """One rank's endless rows of an indexed data set: batch k of rank r takes places (k n_ranks + r) B .. + B of the
+    concatenated, shuffled epochs; the position is a number."""
 
     def __init__(self, rows, batch_size: int, seed: int, rank: int, n_ranks: int):
         self.rows, self.batch_size, self.seed, self.rank, self.n_ranks = rows, batch_size, seed, rank, n_ranks
@@ -1040,17 +1040,17 @@ class ShuffledRows:
     def index(self, epoch: int, i: int) -> int:
         """The i-th row of an epoch."""
         if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
             self.epoch, self.order = epoch, torch.randperm(len(self.rows), generator=generator)
         return int(self.order[i])
 
-    def go_to(self, position) -> None:
+    def seek(self, position) -> None:
         self.position = position
 
 
 class StreamedRows:
-    """The same of a data set that is read in order: split over the ranks, by files where there are enough, and shuffled
-    within blocks. The position is the library's own state, at the very next row."""
+    """The same for a streamed data set: split across ranks by file where there are enough, shuffled within blocks. The
+    position is the library's own state, at the very next row."""
 
     BLOCK = 1000
 
@@ -1064,23 +1064,23 @@ class StreamedRows:
             why = f"{n_ranks} processes read all {rows.num_shards} files each; {faster}"
             print(f"warning: --streaming: {why}", file=sys.stderr, flush=True)
         self.rows, self.seed, self.who = split_dataset_by_node(rows, rank, n_ranks, strategy), seed, (rank, n_ranks)
-        self.go_to({"epoch": 0, "state": None})
+        self.seek({"epoch": 0, "state": None})
 
     @property
     def position(self) -> dict:
         return {"epoch": self.epoch, "state": self.stream.state_dict()}
 
-    def go_to(self, position: dict) -> None:
+    def seek(self, position: dict) -> None:
         self.epoch = position["epoch"]
         settings = {"batched": True, "batch_size": self.BLOCK, "with_indices": True}
-        self.stream = self.rows.map(self.shuffle, **settings, fn_kwargs={"seed": seed_of(self.seed, self.epoch)})
+        self.stream = self.rows.map(self.shuffle, **settings, fn_kwargs={"seed": derive_seed(self.seed, self.epoch)})
         if position["state"]:
             self.stream.load_state_dict(position["state"])
         self.iterator = iter(self.stream)
 
     @staticmethod
     def shuffle(block: dict, indices: list[int], seed: int) -> dict:
-        generator = torch.Generator().manual_seed(seed_of(seed, indices[0]))
+        generator = torch.Generator().manual_seed(derive_seed(seed, indices[0]))
         order = torch.randperm(len(indices), generator=generator).tolist()
         return {name: [values[i] for i in order] for name, values in block.items()}
 
@@ -1088,7 +1088,7 @@ class StreamedRows:
         for _ in range(2):
             for row in self.iterator:
                 return row, self.epoch
-            self.go_to({"epoch": self.epoch + 1, "state": None})
+            self.seek({"epoch": self.epoch + 1, "state": None})
         raise SystemExit(f"--data: yields no sample for process {self.who[0]} of {self.who[1]}")
 
 
@@ -1104,7 +1104,7 @@ class LatentData:
         self.vae, self.scaling = pipe.vae.to(prompts.device), pipe.vae.config.scaling_factor
         self.latents, self.shape, self.seed = latent_shape(pipe), image_shape(pipe), seed
         self.seen, self.unusable, self.first = 0, Counter(), {}  # the first one, by reason
-        self.threads, self.ahead = ThreadPoolExecutor(), deque()  # (position, row, which caption, its decoding)
+        self.threads, self.prefetched = ThreadPoolExecutor(), deque()  # (position, row, which caption, its decoding)
         is_stream = not hasattr(rows, "select")
         if cache and not is_stream:
             self.rows = make_cache(self, rank, n_ranks)
@@ -1113,18 +1113,18 @@ class LatentData:
 
     def position(self):
         """The place in the data, for a checkpoint."""
-        return self.ahead[0][0] if self.ahead else self.source.position
+        return self.prefetched[0][0] if self.prefetched else self.source.position
 
     def restore(self, position) -> None:
-        self.ahead.clear()
-        self.source.go_to(position)
+        self.prefetched.clear()
+        self.source.seek(position)
 
     def take(self, n: int, need_images: bool = True) -> list[dict]:
         """The next n usable samples; without their images for prompts."""
         samples = []
         while len(samples) < n:
-            self.look_ahead(1, start=need_images)
-            _, row, draw, decoding = self.ahead.popleft()
+            self.prefetch(1, start=need_images)
+            _, row, draw, decoding = self.prefetched.popleft()
             if need_images:
                 decoded = decoding.result()
             else:
@@ -1135,16 +1135,16 @@ class LatentData:
             samples += self.usable([decoded])
         return samples
 
-    def look_ahead(self, n: int, start: bool = True) -> None:
+    def prefetch(self, n: int, start: bool = True) -> None:
         """Read until n rows wait, and start to decode them."""
-        while len(self.ahead) < n:
+        while len(self.prefetched) < n:
             position = self.source.position
             row, epoch = self.source.read()
-            draw = seed_of(self.seed, epoch, row["caption"]) if isinstance(row.get("caption"), list) else 0
+            draw = derive_seed(self.seed, epoch, row["caption"]) if isinstance(row.get("caption"), list) else 0
             decoding = self.threads.submit(decode, row, self.shape, draw) if start else None
-            self.ahead.append((position, row, draw, decoding))
+            self.prefetched.append((position, row, draw, decoding))
 
-    def usable(self, decoded: Iterable[tuple[str | None, dict]]) -> list[dict]:
+    def filter_usable(self, decoded: Iterable[tuple[str | None, dict]]) -> list[dict]:
         """The samples that can be trained on, of what `decode` gave. SystemExit where too many cannot."""
         samples = []
         for reason, sample in decoded:
@@ -1162,7 +1162,7 @@ class LatentData:
                 raise SystemExit(f"--data: {n} {among} cannot be used: {self.reasons()}; --check_data counts them all")
         return samples
 
-    def decoded(self, columns: dict[str, Sequence]) -> list[dict]:
+    def decode_usable(self, columns: dict[str, Sequence]) -> list[dict]:
         """The usable samples among rows that were not drawn by the stream."""
         return self.usable(self.threads.map(partial(decode, shape=self.shape), rows_of_columns(columns)))
 
@@ -1190,15 +1190,15 @@ class LatentData:
             moments.append(torch.stack([posterior.mean, posterior.std], dim=1))
         return torch.cat(moments), self.prompts.tokenize([sample["caption"] for sample in samples], sizes)
 
-    def draw(self, moments: Tensor, generator: torch.Generator) -> Tensor:
+    def sample_posterior(self, moments: Tensor, generator: torch.Generator) -> Tensor:
         mean, std = moments.unbind(dim=1)
         return (mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)) * self.scaling
 
     def next(self) -> tuple[Tensor, Tensor]:
         samples = self.take(self.batch_size)
-        self.look_ahead(2 * self.batch_size)
+        self.prefetch(2 * self.batch_size)
         moments, ids = self.encode(samples)
-        return self.draw(moments, self.generator), ids
+        return self.sample_posterior(moments, self.generator), ids
 
     def next_ids(self) -> Tensor:
         """The captions of the next batch without its images: the prompts of a rollout."""
@@ -1207,17 +1207,17 @@ class LatentData:
             return self.prompts.with_sizes(self.encode(samples)[1])
         return self.prompts.tokenize([sample["caption"] for sample in samples])
 
-    def first_latents(self, n: int, generator: torch.Generator) -> Tensor:
-        """Of n random samples, or of all if there are fewer; of a stream, of its first ones. The same on all ranks."""
+    def calibration_latents(self, n: int, generator: torch.Generator) -> Tensor:
+        """Latents of up to n random samples (of a stream: its first n), the same on all ranks."""
         if hasattr(self.rows, "select"):
             order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(0))[:n].tolist()
             rows = (self.rows[i] for i in order)
         else:
             rows = self.rows.take(n)
-        decoded, latents = ahead(self.threads, partial(decode, shape=self.shape), rows), []
+        decoded, latents = prefetch_map(self.threads, partial(decode, shape=self.shape), rows), []
         while batch := [*islice(decoded, self.batch_size)]:
             if samples := self.usable(batch):
-                latents.append(self.draw(self.encode(samples)[0], generator))
+                latents.append(self.sample_posterior(self.encode(samples)[0], generator))
         if not latents:
             raise SystemExit(f"--data: none of the first {n} samples can be used: {self.reasons()}")
         return torch.cat(latents)
@@ -1228,7 +1228,7 @@ def make_cache(data: LatentData, rank: int, n_ranks: int):
     import datasets
 
     def encode(rows: dict) -> dict:
-        samples = data.decoded(rows)
+        samples = data.decode_usable(rows)
         moments, ids = data.encode(samples) if samples else (torch.empty(0, 1), torch.empty(0, 1).long())
         return {"moments": moments.flatten(1).cpu().numpy(), "ids": ids.flatten(1).numpy()}
 
@@ -1239,7 +1239,7 @@ def make_cache(data: LatentData, rank: int, n_ranks: int):
     images = version_of(files, open_image, decode, LatentData.encode)
     words = [sorted(tokenizer.get_vocab().items()) for tokenizer in data.prompts.tokenizers]
     tokens = data.prompts.tokenize(["a red 7"]).tolist()
-    key = f"{seed_of(fingerprint(data.vae), data.rows._fingerprint, images, data.shape, words, tokens):08x}"
+    key = f"{derive_seed(fingerprint(data.vae), data.rows._fingerprint, images, data.shape, words, tokens):08x}"
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddil-latents" / key
     folder.mkdir(parents=True, exist_ok=True)
     types = {"moments": datasets.List(datasets.Value("float32")), "ids": datasets.List(datasets.Value("int64"))}
@@ -1260,14 +1260,14 @@ def make_cache(data: LatentData, rank: int, n_ranks: int):
     return cache
 
 
-def support_of(threshold: str, data: LatentData) -> Support:
+def make_support(threshold: str, data: LatentData) -> Support:
     """--reflect as a support; measured: on 1,024 training latents, the same ones on all ranks [D15]."""
     if threshold == "none":
         return None
     if threshold != "measured":
         radius = torch.full((1, 1, 1, 1), float(threshold), device=data.generator.device)
         return -radius, radius
-    return measure_support(data.first_latents(1024, torch.Generator(data.generator.device).manual_seed(0)))
+    return measure_support(data.calibration_latents(1024, torch.Generator(data.generator.device).manual_seed(0)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1276,7 +1276,7 @@ def support_of(threshold: str, data: LatentData) -> Support:
 
 
 def number(kind: type, wanted: str, is_ok: Callable) -> Callable:
-    """An argparse type: `kind` of the text, refused in argparse's own line where it is not what is wanted."""
+    """An argparse type: parse the text as `kind`, or say that it must be `wanted`."""
 
     def parse(text: str):
         try:
@@ -1346,7 +1346,7 @@ def add_lora_flag(add: Callable) -> None:
 
 
 def add_prior_flags(add: Callable, plain: str) -> None:
-    """Alg. 1's sources, of LCM and DMD2: a list is for equal parts of the run. `plain`: the setting of the baseline."""
+    """Source shares of Alg. 1 (LCM, DMD2): one value, or one per equal part. `plain` names the baseline's setting."""
     add("--p_forward", type=share, nargs="+", help=f"share of forward diffusion, one value or a list; {plain}")
     add("--p_teacher", type=share, nargs="+", help="share of the teacher's trajectories")
     add("--p_student", type=share, nargs="+", help="share of the student's trajectories")
@@ -1368,7 +1368,7 @@ def resolve(args, recipes: dict):
         folder = args.output_dir or defaults["output_dir"]
         if not (Path(folder) / "config.json").is_file():
             raise SystemExit(f"--resume: {folder} holds no run (no config.json); name it by --output_dir")
-        defaults = config_of(Path(folder)) | {"output_dir": folder}
+        defaults = read_config(Path(folder)) | {"output_dir": folder}
         refuse_changes({name: value for name, value in given.items() if name not in FREE}, defaults)
     if given.get("lora_rank") and not args.resume:
         defaults = defaults | {"learning_rate": defaults["lora_learning_rate"]}
@@ -1384,7 +1384,7 @@ def resolve(args, recipes: dict):
     return args
 
 
-def config_of(run: Path) -> dict:
+def read_config(run: Path) -> dict:
     """What a run was started with. SystemExit if that is damaged."""
     try:
         return json.loads((run / "config.json").read_bytes())
@@ -1400,7 +1400,7 @@ def refuse_changes(now: dict, saved: dict) -> None:
         raise SystemExit("--resume: this is not the run that was saved; " + "; ".join(differs))
 
 
-def priors_of(args) -> dict[str, list[float]]:
+def resolve_priors(args) -> dict[str, list[float]]:
     """--p_forward, --p_teacher, --p_student in each part of the run: one value holds for all parts; sources whose flag is
     not given share equally what the others leave. SystemExit if a part does not sum to 1."""
     given = {source: getattr(args, f"p_{source}") for source in ("forward", "teacher", "student")}
@@ -1427,14 +1427,14 @@ def learning_rate(update: int, updates: int, warmup: int, peak: float, decay: bo
     return peak * min((update + 1) / (warmup + 1), (updates - update) / (updates - warmup) if decay else 1.0)
 
 
-def seed_of(*names) -> int:
+def derive_seed(*names) -> int:
     """A seed for each thing that is random, from the run's and its name: 32 bits, all that torch's CPU generator reads."""
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "big")
 
 
 def noise_generator(index: int, seed: int) -> torch.Generator:
     """The generator of all noise of one image: it depends on nothing but the image's own index."""
-    return torch.Generator().manual_seed(seed_of(seed, "noise", int(index)))
+    return torch.Generator().manual_seed(derive_seed(seed, "noise", int(index)))
 
 
 def noise_of(indices: Sequence[int], shape: Sequence[int], seed: int) -> Tensor:
@@ -1488,7 +1488,7 @@ def start_accelerator(**settings):
     if engine not in ("NO", "MULTI_CPU", "MULTI_GPU") and not accelerator.is_fsdp2:
         raise SystemExit(f"{engine.value}: is not supported; launch with --multi_gpu, or --use_fsdp --fsdp_version 2")
     if accelerator.is_fsdp2:
-        # gradients are summed over the ranks at each mini-batch, or each rank would hold whole ones between two
+        # reduce gradients at every mini-batch, or each rank would hold unsharded ones between two
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         if accelerator.mixed_precision != "no":  # and in fp32, as under DDP
             from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -1503,7 +1503,7 @@ def frozen_dtype(accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def in_order(accelerator, n: int, batch_size: int, function: Callable[[Tensor], Tensor], desc: str | None = None):
+def across_ranks(accelerator, n: int, batch_size: int, function: Callable[[Tensor], Tensor], desc: str | None = None):
     """Yields function(rows) [B, ...] for the rows 0 .. n - 1 in order, the same on every rank; the ranks share the work."""
     from tqdm import tqdm
 
@@ -1621,7 +1621,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if re.fullmatch(r"\d{8,}\+*", path.name) and path.is_dir())
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_intact(checkpoint: Path) -> bool:
     """Whether no file of it is missing, cut short or changed, by the checksums that torch's files hold."""
     try:
         files = [checkpoint / name for name in json.loads((checkpoint / "progress.json").read_bytes())["files"]]
@@ -1659,7 +1659,7 @@ class Metrics:
                 writer.writerow(labels | {c: f"{v:.6g}" for c, v in means.items()})
         return means
 
-    def go_back(self, rows: int) -> None:
+    def truncate(self, rows: int) -> None:
         """Drop what was written after the first so many rows: a run resumes there."""
         self.rows = rows
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
@@ -1780,7 +1780,7 @@ class Run:
     def refuse_changes(self) -> None:
         """SystemExit if a resumed run was launched otherwise, or has other networks."""
         if self.args.resume:
-            refuse_changes(self.facts, config_of(self.out))
+            refuse_changes(self.facts, read_config(self.out))
 
     def open(self, script: str, labels, columns, plan: dict, networks=None, need_images=True) -> None:
         """Data, support [D15], random streams, metrics and folder. Ends here for --dry_run, which also prints `plan`, and
@@ -1804,13 +1804,13 @@ class Run:
             raise SystemExit
 
         set_seed(args.seed, device_specific=True)
-        self.noise = torch.Generator(device).manual_seed(seed_of(args.seed, "rank", self.rank))  # this rank's own
-        self.shared = torch.Generator().manual_seed(seed_of(args.seed, "shared"))  # alike on all ranks [D14]
+        self.noise = torch.Generator(device).manual_seed(derive_seed(args.seed, "rank", self.rank))  # this rank's own
+        self.shared = torch.Generator().manual_seed(derive_seed(args.seed, "shared"))  # alike on all ranks [D14]
         self.prompts = PromptEncoder(self.pipe, device, dtype=frozen_dtype(self.accelerator))
         cache = args.cache_latents and need_images
         place = args.batch_size, args.seed, self.rank, self.n_ranks
         self.data = LatentData(rows.train, self.pipe, self.prompts, *place, self.noise, cache)
-        self.support = support_of(args.reflect, self.data)
+        self.support = make_support(args.reflect, self.data)
         self.null = self.prompts.null()
         self.metrics = Metrics(self.out / "metrics.csv", labels, columns, device)
         bins = sorted(int(c.removeprefix("loss_t")) for c in columns if c.removeprefix("loss_t").isdigit())
@@ -1830,7 +1830,7 @@ class Run:
         # where a resumed run is until its loop is reached
         self.checkpoint = self.checkpoint_to_resume() if args.resume else None
         if self.accelerator.is_main_process and args.resume and not self.checkpoint:
-            self.metrics.go_back(0)
+            self.metrics.truncate(0)
         self.accelerator.wait_for_everyone()
         if not self.out.exists():
             raise SystemExit(f"--output_dir {self.out}: process {self.rank} does not see it; all nodes must share it")
@@ -1844,7 +1844,7 @@ class Run:
         from accelerate.utils import broadcast_object_list
 
         there = checkpoints_of(self.out / "checkpoints")[::-1]
-        whole = [next((c for c in there if is_whole(c)), None)] if self.accelerator.is_main_process else [None]
+        whole = [next((c for c in there if is_intact(c)), None)] if self.accelerator.is_main_process else [None]
         (found,) = broadcast_object_list(whole)
         if there and found is None:
             raise SystemExit(f"--resume: {there[0]} and those before it are damaged; --overwrite starts anew")
@@ -2238,7 +2238,7 @@ class Run:
         self.progress = json.loads((folder / "progress.json").read_bytes())
         self.metrics.rows = self.progress["rows"]
         if self.accelerator.is_main_process:
-            self.metrics.go_back(self.progress["rows"])
+            self.metrics.truncate(self.progress["rows"])
 
     def end(self, message: str) -> None:
         self.print(message)

@@ -43,7 +43,7 @@ from common import SamplingPrior
 from common import UNetModel, add_lora, betas_of, latent_shape, lcm_scheduler, load_pipeline, load_schedule
 from common import refuse_zero_snr, with_guidance, without_lora
 from common import Run, Trained, add_lora_flag, add_prior_flags, flag_parser, non_negative, part_of, positive
-from common import positive_int, priors_of, resolve, seed_of
+from common import positive_int, resolve_priors, resolve, derive_seed
 # isort: on
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -159,7 +159,7 @@ def critic_step(
 
 def sample_rollout_length(seed: int, update: int, i: int, n: int) -> int:
     """How many of the student's n timesteps iteration i passes before it trains: uniform, alike on all ranks."""
-    generator = torch.Generator().manual_seed(seed_of(seed, "transitions", update, i))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "transitions", update, i))
     return torch.randint(n, (), generator=generator).item()
 
 
@@ -347,7 +347,7 @@ def check_args(args) -> None:
         raise SystemExit(f"--student_steps {m}, --teacher_steps {n}: {why}")
     if off := sorted(set(timestep_grid(m, "trailing")) - set(timestep_grid(n, "trailing")), reverse=True):
         raise SystemExit(f"--teacher_steps {n}: its grid lacks the student's timesteps {off}; take a multiple of {m}")
-    priors_of(args)
+    resolve_priors(args)
     if args.gan_weight and not args.critic_gan_weight:
         raise SystemExit("--critic_gan_weight 0: nothing would train the GAN's head; --gan_weight must be 0 too")
     if args.recipe == "ssd1b_oracle" and not args.student_init:
@@ -389,7 +389,7 @@ def networks_of(run: Run, pipes: dict) -> Networks:
             pipe.unet = None  # is trained, or has been copied
     network = run.model(run.frozen(run.pipe.unet))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(run.args.seed, "head"))  # alike on all ranks
+        torch.manual_seed(derive_seed(run.args.seed, "head"))  # alike on all ranks
         head = make_head(fake_unet, latent_shape(run.pipe)) if run.args.gan_weight else None
         for unet in (student_unet, fake_unet):
             add_lora(run.frozen(unet), rank) if rank else unet.requires_grad_(True)
@@ -450,7 +450,7 @@ def main(argv=None) -> None:
     pipes = load_pipes(run)
     grids = [timestep_grid(n, "trailing") for n in (args.student_steps, args.teacher_steps)]
     timesteps = grids[0]
-    n, priors = min(args.updates, args.max_updates or args.updates), priors_of(args)
+    n, priors = min(args.updates, args.max_updates or args.updates), resolve_priors(args)
     need_images = args.gan_weight > 0 or max(priors["forward"]) > 0  # else prompts alone suffice
     plan = {"sources": priors, "updates in all": f"{n} of the student, {n * args.fake_updates} of the critic"}
     is_critic_s = args.lora_rank and pipes["fake"] is pipes["teacher"]

@@ -57,8 +57,8 @@ from common import mixed_rollout, student_rollout, teacher_rollout
 from common import PromptEncoder, UNetModel, dpm_solver, find_pipeline, latent_shape, load_pipeline, load_schedule
 from common import image_shape, images_at_once, open_pipeline, with_guidance
 from common import LatentData, open_image, open_rows
-from common import config_of, fingerprint, frozen_dtype, in_order, noise_generator, noise_of, number, parser_of
-from common import positive_int, priors_of, save_sheet, seed_int, seed_of, share, start_accelerator
+from common import across_ranks, derive_seed, fingerprint, frozen_dtype, noise_generator, noise_of, number, parser_of
+from common import positive_int, read_config, resolve_priors, save_sheet, seed_int, share, start_accelerator
 # isort: on
 
 TINY = Path(__file__).resolve().parent / "assets" / "tiny"
@@ -94,15 +94,15 @@ DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 50, 10  # sec. 5
 DIVERSITY_NOISE = 1_000_000  # index of their first noise: none that one image a caption has
 PAIRED_PROMPTS = 256
 NEIGHBOURS = 5  # k of coverage
-POOL = ThreadPoolExecutor(4)  # that reads and writes images
+IMAGE_THREADS = ThreadPoolExecutor(4)  # that reads and writes images
 
 METHODS = {
     ("pd_ddil", None): "PD", ("lcm_ddil", None): "LCM", ("dmd2_ddil", None): "DMD2",
     # of recipes that train another model than the paper's rows of the method show
     ("lcm_ddil", "ssd1b"): "SSD1B-LCM", ("dmd2_ddil", "ssd1b_oracle"): "DMD2 b64", ("dmd2_ddil", "sd15"): "SD1.5-DMD2",
 }  # fmt: skip
-# Source that the plain method uses alone; and what the paper's rows of DDIL were trained with (App. A, [D12], [D16],
-# [D17], [D19]): other settings make a row of their own.
+# The plain method's only source, and the settings of the paper's DDIL rows (App. A, [D12], [D16], [D17], [D19]): others
+# get a row of their own.
 PAPER_ARMS = {
     "pd_ddil": ("forward", {"p_forward": [0.75, 0.5], "student_rate": [0.15, 0.8], "reuse": 2, "store_start": False}),
     "lcm_ddil": ("forward", {"p_forward": [0.75, 0.5], "p_teacher": [0.0], "p_student": None, "store_start": False}),
@@ -199,17 +199,17 @@ def parse_args(argv=None):
     return args
 
 
-def short(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
 @contextmanager
-def or_stop(message: str):
+def exit_on_error(message: str):
     """Whatever goes wrong within, and be it in a library, ends as SystemExit with this message and the reason."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  broken files and lacking networks raise all there is
-        raise SystemExit(f"{message} ({short(error)})")
+        raise SystemExit(f"{message} ({one_line(error)})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def or_stop(message: str):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model with the settings it is sampled at; a row of the table, or with others of its label a part of one."""
+    """One model and its sampling settings; candidates of one label share a row of the table."""
 
     label: str
     model: str  # pipeline folder or hub name
@@ -242,7 +242,7 @@ class Candidate:
 
 
 def label_of(script: str, config: dict, stage: str) -> str:
-    """The row's name, as in the paper's tables; arms that the paper has not name the flags that make them so."""
+    """Row name as in the paper's tables; variants that the paper has not list the flags that differ."""
     if stage in ("v", "gc"):
         return f"SD({stage})"
     plain, arm = PAPER_ARMS[script]
@@ -252,7 +252,7 @@ def label_of(script: str, config: dict, stage: str) -> str:
         is_plain, settings = min(config["p_forward"]) == 1, ["not reflected"] * (config["reflect"] == "none")
     else:
         name += "-LoRA" * bool(config.get("lora_rank")) + " + Reflected" * (config["reflect"] != "none")
-        is_plain = min(priors_of(argparse.Namespace(**config))[plain]) == 1
+        is_plain = min(resolve_priors(argparse.Namespace(**config))[plain]) == 1
     if not is_plain:
         is_control = config.get("forward_control", False)
         name += " + control" if is_control else " + DDIL"
@@ -262,7 +262,7 @@ def label_of(script: str, config: dict, stage: str) -> str:
     return ", ".join([name, *settings])
 
 
-def named(name: str) -> tuple[str, str, Path | None, str | None]:
+def parse_model(name: str) -> tuple[str, str, Path | None, str | None]:
     """(label or "", model, the run folder that it belongs to, its script) of LABEL=MODEL."""
     label, _, model = ("", "", name) if Path(name).exists() else name.rpartition("=")
     path = Path(model)
@@ -274,7 +274,7 @@ def named(name: str) -> tuple[str, str, Path | None, str | None]:
 
 def candidate_of(args, i: int) -> Candidate:
     """The i-th model, with its own run's settings where no flag says otherwise."""
-    label, model, folder, script = named(args.models[i])
+    label, model, folder, script = parse_model(args.models[i])
     path = Path(model)
     settings = {n: getattr(args, n)[i % len(getattr(args, n))] for n in ("steps", "guidance_scale", "sampler")}
     if not folder:
@@ -283,7 +283,7 @@ def candidate_of(args, i: int) -> Candidate:
         path = folder / "pipeline"
         if not path.is_dir():
             raise SystemExit(f"{folder}: the run is not finished (no pipeline/); name one of stages/, or --resume it")
-    config, stage, own = config_of(folder), path.name, {}
+    config, stage, own = read_config(folder), path.name, {}
     whose = "teacher_steps" if stage in ("v", "gc") else "student_steps"
     own["steps"] = int(stage) if stage.isdigit() else config[whose]
     is_inside = config.get("lora_rank") or "eval_guidance_scale" not in config
@@ -305,7 +305,7 @@ def read_prompts(name: str) -> list[Prompt]:
     """--prompts: COCO's annotations (the first caption of each image, by id), a json list or {id: prompt} (entries may be
     {"prompt": ..., "image": ...}), a text file with one a line, or a data set. SystemExit naming what is wrong."""
     path = Path(name)
-    with or_stop(f"--prompts {name}: is no .txt or .json file of prompts, nor a data set"):
+    with exit_on_error(f"--prompts {name}: is no .txt or .json file of prompts, nor a data set"):
         if path.suffix == ".json" and path.is_file():
             entries = json.loads(path.read_text(encoding="utf-8"))
             if "annotations" in entries:
@@ -331,8 +331,8 @@ def read_prompts(name: str) -> list[Prompt]:
     return prompts
 
 
-def spread(items: Sequence, n: int) -> list:
-    """n of the items, evenly over the list."""
+def subsample_evenly(items: Sequence, n: int) -> list:
+    """n items, evenly spaced over the list."""
     return [items[i * len(items) // n] for i in range(n)]
 
 
@@ -353,12 +353,12 @@ class Images:
     def open(self, row: int) -> Image.Image:
         file = self.source[row] if isinstance(self.source, list) else None
         what = file or f"--reference: image {row}"
-        with or_stop(f"{what}: cannot be read; a generated one is made again if deleted"):
+        with exit_on_error(f"{what}: cannot be read; a generated one is made again if deleted"):
             return open_image(file or self.source[row]["image"])
 
     def load(self, rows: Tensor) -> list[Image.Image]:
         """RGB; SystemExit naming the one that is broken."""
-        return list(POOL.map(self.open, rows.tolist()))
+        return list(IMAGE_THREADS.map(self.open, rows.tolist()))
 
 
 def reference_images(name: str) -> Images:
@@ -396,7 +396,7 @@ def open_candidate(candidate: Candidate, accelerator):
             own = type(pipe.scheduler).__name__
             raise SystemExit(f"--sampler {candidate.sampler}: {candidate.model} has a {own}; take trained")
         pipe.scheduler = dpm_solver(pipe, config.prediction_type, order={"ddim": 1, "dpm++": 2}[candidate.sampler])
-    with or_stop(f"--steps {candidate.steps}: {candidate.model} cannot be sampled in as many"):
+    with exit_on_error(f"--steps {candidate.steps}: {candidate.model} cannot be sampled in as many"):
         pipe.scheduler.set_timesteps(candidate.steps)
     if math.prod(image_shape(pipe)) > 256**2:
         pipe.vae.enable_slicing()  # a batch of decodes does not fit
@@ -407,7 +407,7 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
 
 
-def contents_of(pipe) -> str:
+def fingerprint_pipeline(pipe) -> str:
     """A digest of all networks, all settings and what tokenizers do: another model of the same name is not taken for it."""
     parts = {name: part for name, part in pipe.components.items() if part is not None}
     networks = [fingerprint(part) for part in parts.values() if isinstance(part, torch.nn.Module)]
@@ -426,7 +426,7 @@ def generate(ev, name: str, settings: dict, sample: Sampler, prompts: list[str],
     settings["precision"] = accelerator.mixed_precision
     if accelerator.is_main_process:
         rows = [{"file": f.name, "prompt": p, "noise": first_noise + i} for i, (f, p) in enumerate(zip(files, prompts))]
-        claim(folder, {"settings": settings, "images": rows}, ev.args.overwrite)
+        create_or_resume(folder, {"settings": settings, "images": rows}, ev.args.overwrite)
     accelerator.wait_for_everyone()
     mine = range(accelerator.process_index, len(files), accelerator.num_processes)
     todo, size = [i for i in mine if not files[i].exists()], ev.args.batch_size
@@ -441,7 +441,7 @@ def generate(ev, name: str, settings: dict, sample: Sampler, prompts: list[str],
                     which = f"prompt {i} ({prompts[i]!r}, seed {settings['seed']}, noise {first_noise + i})"
                     raise SystemExit(f"images/{name}: the image of {which} is not finite; what was made before is kept")
             pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # as diffusers does
-            saving = POOL.map(save_image, [files[i] for i in batch], pixels)
+            saving = IMAGE_THREADS.map(save_image, [files[i] for i in batch], pixels)
             bar.update(len(batch))
         list(saving)
     accelerator.wait_for_everyone()
@@ -454,7 +454,7 @@ def save_image(file: Path, pixels) -> None:
     file.with_suffix(".tmp").replace(file)
 
 
-def claim(folder: Path, manifest: dict, overwrite: bool) -> None:
+def create_or_resume(folder: Path, manifest: dict, overwrite: bool) -> None:
     """Start the folder, or go on with it if its manifest has the same settings; otherwise SystemExit, or start anew."""
     file, now = folder / "manifest.json", json.loads(json.dumps(manifest["settings"]))
     if file.is_file():
@@ -501,7 +501,7 @@ def weights_file(flag: str, source: str) -> Path:
     is_url = source.startswith("https://")
     if not is_url and (source.count("/") != 2 or source.startswith((".", "/", "~"))):
         raise SystemExit(f"{flag} {source}: no such file")
-    with or_stop(f"{flag} {source}: cannot be fetched; fetch it elsewhere and give the file"):
+    with exit_on_error(f"{flag} {source}: cannot be fetched; fetch it elsewhere and give the file"):
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             raise OSError("HF_HUB_OFFLINE is set")
         if is_url:  # each has a folder, as many files have one name
@@ -510,13 +510,13 @@ def weights_file(flag: str, source: str) -> Path:
         return Path(download_pretrained_from_hf(owner, file))
 
 
-def facts_of(file: Path, name: str = "", resolution: int | None = None) -> dict:
+def describe_weights(file: Path, name: str = "", resolution: int | None = None) -> dict:
     with file.open("rb") as f:
         facts = {"weights": f"{name}, {file.name}".strip(", "), "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
     return facts | ({"resize": f"central square, LANCZOS to {resolution}"} if resolution else {})
 
 
-def uint8(images: list[Image.Image], size: int | None = None) -> Tensor:
+def stack_uint8(images: list[Image.Image], size: int | None = None) -> Tensor:
     """[B, 3, H, W]; of their central squares, resized by LANCZOS, where a size is given."""
     import numpy as np
 
@@ -536,11 +536,11 @@ def inception(args, device) -> Net:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     file = weights_file("--fid_weights", args.fid_weights)
-    with or_stop(f"--fid_weights {args.fid_weights}: does not hold torch-fidelity's InceptionV3"):
+    with exit_on_error(f"--fid_weights {args.fid_weights}: does not hold torch-fidelity's InceptionV3"):
         torch.load(file, weights_only=True, map_location="cpu")  # torch-fidelity alone would run code in the file
         net = FeatureExtractorInceptionV3("inception", ["2048"], str(file)).to(device)
-    features = lambda images: net(uint8(images, args.resolution).to(device))[0]
-    return Net("Inception", facts_of(file, resolution=args.resolution), features)
+    features = lambda images: net(stack_uint8(images, args.resolution).to(device))[0]
+    return Net("Inception", describe_weights(file, resolution=args.resolution), features)
 
 
 def clip(args, device, flag: str = "clip_weights", architecture: str = "ViT-g-14") -> Net:
@@ -554,11 +554,11 @@ def clip(args, device, flag: str = "clip_weights", architecture: str = "ViT-g-14
         if file is None or not (path / "open_clip_config.json").is_file():
             raise SystemExit(f"{what}: must hold open_clip_config.json and open_clip_model.safetensors")
     elif tag := open_clip.get_pretrained_cfg(name, source):
-        with or_stop(f"{what}: {name} cannot be fetched; fetch it elsewhere and give the file"):
+        with exit_on_error(f"{what}: {name} cannot be fetched; fetch it elsewhere and give the file"):
             file = weights = Path(open_clip.download_pretrained(tag))
     else:
         file = weights = weights_file(f"--{flag}", source)
-    with or_stop(f"{what}: does not hold a {name}"):
+    with exit_on_error(f"{what}: does not hold a {name}"):
         pretrained = weights and str(weights)
         net, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
         tokenizer = open_clip.get_tokenizer(name)
@@ -568,7 +568,7 @@ def clip(args, device, flag: str = "clip_weights", architecture: str = "ViT-g-14
     features = lambda images: net.encode_image(torch.stack([*map(preprocess, images)]).to(device), normalize=True)
     title = "tiny" if path.resolve() == TINY / "scorer" else path.name if path.is_dir() else architecture
     texts = lambda prompts: net.encode_text(tokenizer(prompts).to(device), normalize=True)
-    facts = facts_of(file, title)
+    facts = describe_weights(file, title)
     if path.is_dir():
         facts["config"] = digest((path / "open_clip_config.json").read_text(encoding="utf-8"))  # has the preprocessing
     return Net(title, facts, features, texts)
@@ -592,7 +592,7 @@ def lpips(args, device) -> Net:
     from lpips import LPIPS
 
     file = weights_file("--lpips_weights", args.lpips_weights)
-    with or_stop(f"--lpips_weights {args.lpips_weights}: does not hold torchvision's {args.lpips_net}"):
+    with exit_on_error(f"--lpips_weights {args.lpips_weights}: does not hold torchvision's {args.lpips_net}"):
         trunk = torch.load(file, weights_only=True, map_location="cpu")
         net = LPIPS(net=args.lpips_net, pnet_rand=True, verbose=False)  # the package brings its own linear heads
         names = net.net.state_dict()  # slice2.5.weight is torchvision's features.5.weight
@@ -600,11 +600,11 @@ def lpips(args, device) -> Net:
     net.to(device).eval()
 
     def pairwise(images: list[Image.Image]) -> Tensor:
-        x = uint8(images, args.resolution).to(device) / 255
+        x = stack_uint8(images, args.resolution).to(device) / 255
         pairs = torch.combinations(torch.arange(len(x), device=device)).split(8)  # the trunk's activations are large
         return torch.cat([net(x[i], x[j], normalize=True).flatten() for i, j in (p.T for p in pairs)])[None]
 
-    return Net(args.lpips_net, facts_of(file, args.lpips_net, args.resolution), pairwise)
+    return Net(args.lpips_net, describe_weights(file, args.lpips_net, args.resolution), pairwise)
 
 
 def judge(args, device) -> Net:
@@ -615,14 +615,14 @@ def judge(args, device) -> Net:
     net, colour = world.load_judge(device), world.nearest_colour
 
     def seen(images: list[Image.Image]) -> Tensor:
-        digit, foreground, background = world.separate(uint8(images).to(device) / 255)
+        digit, foreground, background = world.separate(stack_uint8(images).to(device) / 255)
         return torch.stack([colour(foreground), net(digit).argmax(dim=1), colour(background)], dim=1)
 
     def said(prompts: list[str]) -> Tensor:
-        with or_stop("--metrics alignment: judges the captions of assets/tiny, and not all prompts are such"):
+        with exit_on_error("--metrics alignment: judges the captions of assets/tiny, and not all prompts are such"):
             return torch.tensor([world.parse_caption(prompt) for prompt in prompts], device=device)
 
-    return Net("judge", facts_of(TINY / "judge" / "judge.safetensors"), seen, said)
+    return Net("judge", describe_weights(TINY / "judge" / "judge.safetensors"), seen, said)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -730,7 +730,7 @@ class Evaluation:
         self.kinds = {METRICS[metric].images for metric in args.metrics} | ({"one each"} if args.shift else set())
         if len(prompts) < args.num_images and self.kinds != {"several"}:
             raise SystemExit(f"--num_images {args.num_images}: --prompts {args.prompts} holds only {len(prompts)}")
-        self.prompts = [prompt.text for prompt in spread(prompts, min(args.num_images, len(prompts)))]
+        self.prompts = [prompt.text for prompt in subsample_evenly(prompts, min(args.num_images, len(prompts)))]
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))  # sec. 5: random prompts
         self.several = [prompts[i] for i in order[:DIVERSITY_PROMPTS].sort().values]  # of which several images are made
         if "similarity" in args.metrics and not all(prompt.image for prompt in self.several):
@@ -761,7 +761,7 @@ class Evaluation:
     def over(self, n: int, function: Callable[[Tensor], Tensor], batch_size: int | None = None) -> Tensor:
         """function(rows) [B, ...] of the rows 0 .. n - 1, in order; the ranks share the work."""
         batch_size = batch_size or self.args.batch_size
-        return torch.cat([part.cpu() for part in in_order(self.accelerator, n, batch_size, function, "measuring")])
+        return torch.cat([part.cpu() for part in across_ranks(self.accelerator, n, batch_size, function, "measuring")])
 
     def features(self, net: Net, images: Images) -> Tensor:
         """Of all images, [n, D]; metrics of one network share the last ones."""
@@ -796,7 +796,7 @@ def load_features(file: Path, facts: dict[str, str]) -> Tensor:
     """Those that an evaluation kept; SystemExit if they are of another network or another resize."""
     if not file.is_file():
         raise SystemExit(f"--reference {file}: no such file")
-    with or_stop(f"--reference {file}: cannot be read as features"), safe_open(file, framework="pt") as saved:
+    with exit_on_error(f"--reference {file}: cannot be read as features"), safe_open(file, framework="pt") as saved:
         there = saved.metadata() or {}
         differs = [f"{name} is {there.get(name)} there, {v} here" for name, v in facts.items() if there.get(name) != v]
         if differs:
@@ -820,9 +820,9 @@ def refuse_retrained(candidate: Candidate, teacher: str, pipe) -> None:
 
 
 def paired(ev: Evaluation, candidate: Candidate, pipe, teacher, seed: int) -> dict:
-    """Paired trajectory error of PD: RMS distance in latent space between the end points of the student and of the guided
-    model that its halvings started from, by DDIM from the same noise, prompt and w."""
-    device, prompts = ev.accelerator.device, spread(ev.prompts, min(PAIRED_PROMPTS, len(ev.prompts)))
+    """Paired trajectory error of PD: latent RMS distance between DDIM end points of the student and of the guided model it
+    was distilled from, for the same noise, prompt and w."""
+    device, prompts = ev.accelerator.device, subsample_evenly(ev.prompts, min(PAIRED_PROMPTS, len(ev.prompts)))
     schedule, encoder = load_schedule(teacher).to(device), PromptEncoder(teacher, device)
 
     def ends(pipeline, steps: int) -> Tensor:
@@ -846,7 +846,7 @@ def evaluate(ev: Evaluation, candidate: Candidate) -> list[dict]:
     is_guided_twice = candidate.guidance_scale > 1 and pipe.unet.config.time_cond_proj_dim is None
     nfe = len(pipe.scheduler.timesteps) * (1 + is_guided_twice)
     asked = {name: getattr(candidate, name) for name in ("model", "steps", "guidance_scale", "sampler")}
-    asked["model_weights"], guided, results = contents_of(pipe), None, []
+    asked["model_weights"], guided, results = fingerprint_pipeline(pipe), None, []
     if "paired" in ev.args.metrics and candidate.script == "pd_ddil":
         gc = candidate.run / "stages" / "gc"
         guided = load_pipeline(teacher := str(gc) if gc.is_dir() else candidate.config["teacher"])
@@ -885,7 +885,7 @@ class Arm(NamedTuple):
         """[B, intervals], 1 where the student moves, else 0: drawn for each image alone, the same in all mixtures."""
         if self.moves:
             return torch.tensor([float(who == "S") for who in self.moves]).expand(len(noises), -1)
-        generators = [torch.Generator().manual_seed(seed_of(seed, "who moves", i)) for i in noises]
+        generators = [torch.Generator().manual_seed(derive_seed(seed, "who moves", i)) for i in noises]
         return torch.stack([(torch.rand(n_intervals, generator=g) >= self.p_teacher).float() for g in generators])
 
 
@@ -949,8 +949,8 @@ class Pair:
         if latent_shape(self.teacher_pipe) != latent_shape(self.pipe) or not is_same:
             raise SystemExit(f"--teacher {teacher}: its latents or noise schedule are not those of {candidate.model}")
         self.settings = {name: getattr(candidate, name) for name in ("model", "steps", "guidance_scale")}
-        self.settings |= {"model_weights": contents_of(self.pipe), "sampler": "ddim", "teacher": teacher}
-        self.settings |= {"teacher_weights": contents_of(self.teacher_pipe), "teacher_steps": teacher_steps}
+        self.settings |= {"model_weights": fingerprint_pipeline(self.pipe), "sampler": "ddim", "teacher": teacher}
+        self.settings |= {"teacher_weights": fingerprint_pipeline(self.teacher_pipe), "teacher_steps": teacher_steps}
         self.encoder = PromptEncoder(self.teacher_pipe, self.device)
         self.teacher = ddim_model(self.teacher_pipe, self.schedule, self.encoder, ev.accelerator)
         self.student = ddim_model(self.pipe, self.schedule, self.encoder, ev.accelerator)
@@ -980,7 +980,7 @@ class Pair:
         return (torch.cat([self.pipe.vae.decode(part, return_dict=False)[0] for part in parts]) / 2 + 0.5).clamp(0, 1)
 
     def disagreement(self, z_t: Tensor, j: int, cond: dict) -> Tensor:
-        """Mean square [B] of what the student's one step over interval j and the teacher's own steps say about x."""
+        """Mean squared difference [B] in x between the student's step over interval j and the teacher's."""
         t, s = self.grid[j], self.grid[j + 1]
         path = self.teacher_grid[self.teacher_grid.index(t) : self.teacher_grid.index(s) + 1]
         z_s = student_rollout(self.schedule, self.student, z_t, (t, s), cond)[-1]
@@ -1014,8 +1014,8 @@ def evaluate_arms(ev: Evaluation, pair: Pair, seed: int) -> list[dict]:
 def shift_gap(ev: Evaluation, pair: Pair, seed: int) -> dict:
     """The shift itself, at each timestep of the student's grid: how far the latents that it visits are from
     forward-diffused ones of the same captions (Frechet distance of latents pooled to 4 x 4, and each channel's mean and
-    std), and how much student and teacher disagree about x on both. Beside it the same of latents that the teacher
-    visits, which guidance moves too, and of forward-diffused latents of other images: what no shift gives for so many."""
+    std), and how much student and teacher disagree about x on both. For comparison: latents that the teacher visits,
+    and forward-diffused latents of other images, the no-shift baseline at this sample size."""
     dataset, timesteps = pair.dataset, pair.grid[:-1]
     order, rng = torch.Generator().manual_seed(0), torch.Generator(pair.device)
     n, order = min(ev.args.num_images, len(dataset) // 2), torch.randperm(len(dataset), generator=order)
@@ -1023,12 +1023,13 @@ def shift_gap(ev: Evaluation, pair: Pair, seed: int) -> dict:
 
     def forward(rows: Tensor, noise: str) -> tuple[list[Tensor], Tensor]:
         """Forward-diffused states at each t, and the captions' token ids; rows of the shuffled data."""
-        samples = latents.decoded(dataset[order[rows].tolist()])
+        samples = latents.decode_usable(dataset[order[rows].tolist()])
         if not samples:
             raise SystemExit(f"--data: none of the rows {order[rows].tolist()} can be used: {latents.reasons()}")
         moments, ids = latents.encode([samples[i % len(samples)] for i in range(len(rows))])  # in place of others
         mean, std = moments.unbind(dim=1)
-        x, eps = (noise_of(rows, mean.shape[1:], seed_of(seed, noise, what)).to(pair.device) for what in ("x", "eps"))
+        seeds = (derive_seed(seed, noise, what) for what in ("x", "eps"))
+        x, eps = (noise_of(rows, mean.shape[1:], of_what).to(pair.device) for of_what in seeds)
         x = (mean + std * x) * latents.scaling
         return [add_noise(pair.schedule, x, eps, torch.full((len(x),), t, device=pair.device)) for t in timesteps], ids
 
@@ -1071,7 +1072,7 @@ def shift_gap(ev: Evaluation, pair: Pair, seed: int) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def number_of(value: float | None, error: float | None = None) -> str:
+def format_score(value: float | None, error: float | None = None) -> str:
     if value is None:
         return "-"
     digits = 2 if abs(value) >= 10 else 4
@@ -1111,7 +1112,7 @@ def main_table(ev: Evaluation, results: list[dict]) -> str:
         for metric in ev.args.metrics:
             scores = [result["scores"][metric] for result in group if metric in result["scores"]]
             mean, error = over_runs([score["value"] for score in scores])
-            rows[-1].append(number_of(mean, scores[0]["standard_error"] if len(scores) == 1 else error))
+            rows[-1].append(format_score(mean, scores[0]["standard_error"] if len(scores) == 1 else error))
         numbers = paper.get((label, steps), {})
         rows[-1] += [f"{numbers[c]:g}" if c in numbers else "-" for c in columns]
     return markdown([*header, *[f"paper: {c} ({source})" for c in columns]], rows)
@@ -1142,14 +1143,14 @@ def shift_tables(ev: Evaluation, rows: list[dict], gaps: list[dict]) -> str:
         columns = {}
         for label, metric in product(labels, ev.image_metrics):
             means = arm_means(rows, label, kind, metric)
-            columns[f"{label}: {ev.title(metric)}"] = [number_of(means.get(arm)) for arm in arms]
+            columns[f"{label}: {ev.title(metric)}"] = [format_score(means.get(arm)) for arm in arms]
         if set(arms) & set(PAPER_SHIFT) and any(row["steps"] == 4 for row in group):
             for i, title in enumerate(("paper: FID (COCO17-5K)", "paper: CLIP (COCO17-5K)")):
                 columns[title] = [f"{PAPER_SHIFT[arm][i]:g}" if arm in PAPER_SHIFT else "-" for arm in arms]
         parts.append(f"{captions[kind]}\n\n{markdown(['', *columns], [*zip(arms, *columns.values())])}")
     for (label,) in grouped(gaps, "label"):
         means = gap_means(gaps, label)
-        lines = [[f"{value:.0f}" if name == "t" else number_of(value) for name, value in row.items()] for row in means]
+        lines = [[f"{v:.0f}" if name == "t" else format_score(v) for name, v in row.items()] for row in means]
         title = f"{label}: visited latents beside forward-diffused ones of the same captions"
         parts.append(f"{title}\n\n{markdown([*means[0]], lines)}")
     return "\n\n".join(parts)
@@ -1227,10 +1228,10 @@ OWN_CURVE = {
 
 def run_with_rows(model: str) -> tuple[str, Path, str]:
     """(label, run folder, script) of what --curves is to draw, finished or not; SystemExit if that has no row."""
-    label, model, run, script = named(model)
+    label, model, run, script = parse_model(model)
     if not run or not (run / "metrics.csv").is_file() or not (run / "metrics.csv").stat().st_size:
         raise SystemExit(f"--curves: {model} belongs to no run whose metrics.csv has a row yet")
-    return label or label_of(script, config_of(run), "pipeline"), run, script
+    return label or label_of(script, read_config(run), "pipeline"), run, script
 
 
 def plot_curves(runs: Sequence[tuple[str, Path, str]], file: Path) -> None:

@@ -37,7 +37,7 @@ from common import Model, consistency_function, consistency_rollout, student_rol
 from common import SamplingPrior
 from common import add_lora, drop_prompts, lcm_scheduler, refuse_zero_snr, with_guidance, with_w_embedding, without_lora
 from common import Run, Trained, add_lora_flag, add_prior_flags, flag_parser, non_negative, part_of, positive
-from common import positive_int, priors_of, resolve, share, whole
+from common import positive_int, resolve_priors, resolve, share, whole
 # isort: on
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -180,7 +180,7 @@ def parse_args(argv=None):
 
 def check_args(args) -> None:
     """What concerns several flags."""
-    n, priors = args.teacher_steps, priors_of(args)
+    n, priors = args.teacher_steps, resolve_priors(args)
     if 1000 % n or n > 500:
         raise SystemExit(f"--teacher_steps {n}: the solver's steps must divide 1000 and be at most 500, e.g. 50")
     least = 1 if args.store_start else 2
@@ -206,7 +206,7 @@ def check_run(run: Run) -> None:
     if sampler in ("LCMScheduler", "TCDScheduler"):
         raise SystemExit(f"{teacher}: is an LCM already ({sampler}); give the model it is from")
     refuse_zero_snr(run.pipe, "--teacher", args.teacher)
-    if max(priors_of(args)["forward"]) == 0 and not args.store_start:
+    if max(resolve_priors(args)["forward"]) == 0 and not args.store_start:
         run.print("warning: nothing is trained at 999, where sampling starts: add --store_start, or some --p_forward")
 
 
@@ -260,7 +260,7 @@ def main(argv=None) -> None:
     def sample() -> None:
         run.save_grid(rows | {f"student, {len(few)} steps": student_row()})
 
-    priors = priors_of(args)
+    priors = resolve_priors(args)
     prior = SamplingPrior(run.shared, **priors)  # DDIL: [D12]
     for update in run.updates("lcm", n, args.learning_rate, sample):
         part = part_of(update, n, len(priors["forward"]))

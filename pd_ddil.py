@@ -39,8 +39,8 @@ from common import Support, ddim_step, reflect_v, rotation
 from common import Model, mixed_rollout, teacher_rollout
 from common import SamplingPrior, TrajectoryBuffer
 from common import dpm_solver, drop_prompts, latent_shape, load_pipeline, with_guidance, with_w_embedding
-from common import Run, flag_parser, in_order, noise_of, non_negative, positive, positive_int, refuse_changes
-from common import replace_folder, resolve, seed_of, share
+from common import Run, flag_parser, across_ranks, noise_of, non_negative, positive, positive_int, refuse_changes
+from common import replace_folder, resolve, derive_seed, share
 # isort: on
 
 # Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
@@ -261,7 +261,7 @@ class Evaluation:
             z = noise_of(rows, latent_shape(run.pipe), seed=1).to(run.device)
             return self.trajectory_end(model, steps, z, cond, support)
 
-        return torch.cat([*in_order(run.accelerator, self.n, run.args.batch_size, ends_of)])
+        return torch.cat([*across_ranks(run.accelerator, self.n, run.args.batch_size, ends_of)])
 
     def grid_row(self, model: Model, steps: int) -> Tensor:
         sample = lambda z, cond, _: self.trajectory_end(model, steps, z, cond)
@@ -447,7 +447,7 @@ def main(argv=None) -> None:
     run.open(__file__, labels + errors, columns, plan={f"phase {phase.name}": phase for phase in phases})
     names = [phase.name for phase in phases]
     folders = [Path(args.teacher), *[run.out / "stages" / name for name in names]]  # phase i distils folders[i]
-    dagger = run.keep("buffer", DAgger(args.buffer_size, run.device, seed_of(args.seed, "dagger", run.rank)))
+    dagger = run.keep("buffer", DAgger(args.buffer_size, run.device, derive_seed(args.seed, "dagger", run.rank)))
     evaluation = Evaluation(run, gc=folders[names.index("gc") + 1 if "gc" in names else 0])
     for i, phase in run.unfinished(phases):  # Alg. 3 line 1
         if phase.name.isdigit():

@@ -155,7 +155,7 @@ def dmd2_ddil_over_plain(size: str) -> None:
     report_ratios(f"dmd2.ddil_over_plain.{size}", torch.stack([(plain + cost(found, "teacher")) / 2, plain]))
 
 
-def rows_of(folder: Path) -> list[dict]:
+def read_metrics(folder: Path) -> list[dict]:
     """Of metrics.csv, an update each."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["seconds"]]
@@ -351,7 +351,7 @@ def run_full(script, flags: list, folder: Path, updates: int) -> tuple[float, fl
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
-    rows = rows_of(folder / "run")
+    rows = read_metrics(folder / "run")
     first, rows = float(rows[-updates]["seconds"]), rows[-updates // 2 - 1 :]
     forwards = float(rows[-1]["unet_forwards"]) - float(rows[0]["unet_forwards"])
     update = statistics.median(float(row["seconds"]) for row in rows[1:])

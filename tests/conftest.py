@@ -107,7 +107,7 @@ def refusal(*args, script="pd_ddil.py") -> str:
     return message
 
 
-def rows_of(folder: Path) -> list[dict]:
+def read_metrics(folder: Path) -> list[dict]:
     """metrics.csv of a run."""
     return [*csv.DictReader((folder / "metrics.csv").read_text(encoding="utf-8").splitlines())]
 

@@ -421,7 +421,7 @@ def test_images_are_decoded_ahead(streaming, tmp_path, teacher_folder, monkeypat
 def test_support_is_the_same_on_all_ranks(streaming, tmp_path, teacher_folder):
     folder = save_shards(tmp_path / "tars", "tar", 2)
     a, b = (open_stream(folder, teacher_folder, streaming, rank, 2) for rank in range(2))
-    assert torch.equal(a.first_latents(16, seeded()), b.first_latents(16, seeded()))
+    assert torch.equal(a.calibration_latents(16, seeded()), b.calibration_latents(16, seeded()))
     assert len(captions_of(a, 5)) == 20  # which are still there
 
 
@@ -447,7 +447,10 @@ def test_latents_equal_the_vae_s(teacher_folder, data_folder):
     with torch.no_grad():
         posterior = pipe.vae.encode(pipe.image_processor.preprocess(open_image(row["image"]))).latent_dist
     moments, _ = data.encode([decode(row, data.shape)[1]])
-    draws, scale = torch.cat([data.draw(moments, seeded(i)) for i in range(200)]), pipe.vae.config.scaling_factor
+    draws, scale = (
+        torch.cat([data.sample_posterior(moments, seeded(i)) for i in range(200)]),
+        pipe.vae.config.scaling_factor,
+    )
     spread = scale * posterior.std / 200**0.5
     assert ((draws.mean(dim=0) - scale * posterior.mean).abs() < 6 * spread + 1e-5).all()
 
@@ -486,7 +489,7 @@ def test_latents_on_disk_follow_the_images(layout, kept, tmp_path, teacher_folde
         cached, plain = (open_stream(folder, teacher_folder, cache=cache) for cache in (True, False))
         _, sample = decode(plain.rows[3], (32, 40))
         assert abs(int(sample["pixels"][5, 5, 0]) - 10 * abs(start - int(sample["caption"].split()[1]))) <= 3
-        assert max_error(*(data.first_latents(9, seeded()) for data in (cached, plain))) < 1e-4
+        assert max_error(*(data.calibration_latents(9, seeded()) for data in (cached, plain))) < 1e-4
 
 
 @pytest.mark.parametrize("what", ["captions", "tokens", "code", "VAE", "unusable"])

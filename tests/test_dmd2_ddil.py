@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import change_json, rows_of, run_here, save_teacher, signals_kept, weights_of
+from conftest import change_json, read_metrics, run_here, save_teacher, signals_kept, weights_of
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from torch.distributions import Normal, kl_divergence
 
@@ -19,7 +19,16 @@ import dmd2_ddil
 # isort: off
 from common import LatentData, NoiseSchedule, PromptEncoder, Run, SamplingPrior, UNetModel, add_noise, betas_of
 from common import checkpoints_of, consistency_function, forward_diffuse, latent_shape, lcm_scheduler, load_pipeline
-from common import load_schedule, load_state, noise_of, open_rows, priors_of, seed_of, timestep_grid, with_guidance
+from common import (
+    load_schedule,
+    load_state,
+    noise_of,
+    open_rows,
+    resolve_priors,
+    derive_seed,
+    timestep_grid,
+    with_guidance,
+)
 from dmd2_ddil import Critic, GANHead, critic_step, draw_actors, sample_rollout_length, make_head, matching_gradient
 from dmd2_ddil import parse_args, reflect_value, student_states, student_step
 # isort: on
@@ -245,9 +254,9 @@ def test_plain_dmd2_equals_a_short_independent_loop(parts, teacher_folder, data_
     B, flags = 4 // parts, "--p_student 1 --reflect none --no-lr_decay --gan_weight 0.25 --critic_gan_weight 0.5"
     dmd2_here(tmp_path, teacher_folder, data_folder, f"{flags} --seed 3 --batch_size {B}")
     pipe, rows = load_pipeline(str(teacher_folder)), open_rows(str(data_folder)).train
-    schedule, prompts, noise = load_schedule(pipe), PromptEncoder(pipe, "cpu"), seeded(seed_of(3, "rank", 0))
+    schedule, prompts, noise = load_schedule(pipe), PromptEncoder(pipe, "cpu"), seeded(derive_seed(3, "rank", 0))
     data = LatentData(rows, pipe, prompts, B, 3, 0, 1, noise, cache=True)
-    torch.manual_seed(seed_of(3, "head"))
+    torch.manual_seed(derive_seed(3, "head"))
     modules = copy.deepcopy(pipe.unet), Critic(copy.deepcopy(pipe.unet), make_head(pipe.unet, latent_shape(pipe)))
     [module.requires_grad_(True).train() for module in modules]
     student, critic = (UNetModel(module, schedule, "epsilon", torch.enable_grad) for module in modules)
@@ -312,8 +321,8 @@ def test_metrics(flags, tmp_path, teacher_folder, data_folder):
     )
     (tmp_path / "train.txt").write_text("\n".join(f"image {i}" for i in range(20)))
     dmd2_here(tmp_path / "run", teacher_folder, data_folder if has_images else tmp_path, flags)
-    prior = SamplingPrior(seeded(seed_of(0, "shared")), **priors_of(parse_args(flags.split())))
-    rows, rates = rows_of(tmp_path / "run"), [5e-4, 1e-3, 8e-4, 6e-4, 4e-4, 2e-4]
+    prior = SamplingPrior(seeded(derive_seed(0, "shared")), **resolve_priors(parse_args(flags.split())))
+    rows, rates = read_metrics(tmp_path / "run"), [5e-4, 1e-3, 8e-4, 6e-4, 4e-4, 2e-4]
     for update, (row, rate) in enumerate(zip(rows, rates, strict=True)):
         lengths = [sample_rollout_length(0, update, i, 4) for i in range(2)]
         actors = [draw_actors(prior, prior.draw(0), 0, length, has_images) for length in lengths]

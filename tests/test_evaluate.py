@@ -485,7 +485,7 @@ def test_paired_error_is_the_stock_pipelines_own(tmp_path, pd_run, data_folder):
     for folder, steps in ((pd_run / "pipeline", 2), (config["teacher"], 8)):
         pipe = DiffusionPipeline.from_pretrained(folder)
         pipe.scheduler = evaluate.dpm_solver(pipe, "v_prediction", 1)
-        prompts = evaluate.spread([f"image {i} of test" for i in range(8)], 6)
+        prompts = evaluate.subsample_evenly([f"image {i} of test" for i in range(8)], 6)
         settings = {"num_inference_steps": steps, "guidance_scale": config["eval_guidance_scale"]}
         generators = [evaluate.noise_generator(i, 0) for i in range(6)]
         ends.append(pipe(prompts, generator=generators, output_type="latent", **settings).images)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import rows_of, run_here, weights_of
+from conftest import read_metrics, run_here, weights_of
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from safetensors.torch import load_file
 
@@ -15,7 +15,7 @@ from toys import seeded, stock_latents
 import lcm_ddil
 from common import CLEAN, LatentData, PromptEncoder, Run, SamplingPrior, StopRequest, UNetModel, add_noise, betas_of
 from common import consistency_function, ddim_step, lcm_scheduler, load_pipeline, load_schedule, open_rows, part_of
-from common import priors_of, rotation, seed_of, timestep_grid, with_guidance, with_w_embedding
+from common import resolve_priors, rotation, derive_seed, timestep_grid, with_guidance, with_w_embedding
 from lcm_ddil import (
     consistency_step,
     draw_cond,
@@ -94,7 +94,7 @@ def test_settings_are_the_paper_s():
     args = parse_args(["--recipe", "sd15", "--teacher", "t", "--data", "d"])
     assert (args.updates, args.global_batch_size, args.learning_rate, args.teacher_steps) == (8000, 360, 1e-5, 50)
     assert (args.rollout_steps, args.guidance_range) == ((3, 4, 5), (6.0, 16.0))
-    assert priors_of(args) == {"forward": [0.75, 0.5], "teacher": [0.0, 0.0], "student": [0.25, 0.5]}
+    assert resolve_priors(args) == {"forward": [0.75, 0.5], "teacher": [0.0, 0.0], "student": [0.25, 0.5]}
     args = parse_args(["--lora_rank"])
     assert (args.lora_rank, parse_args(["--lora_rank", "4"]).lora_rank) == (64, 4)
     assert (*args.guidance_range, args.ema_decay, args.eval_guidance_scale) == (7.5, 7.5, 0.0, 7.5)
@@ -168,7 +168,7 @@ def test_plain_lcm_equals_a_short_independent_loop(flags, teacher_folder, data_f
     """--p_forward 1 through all of the script, bit for bit, in whole batches and accumulated ones: latent consistency
     distillation, which knows no prior, rollout or threshold."""
     lcm_here(tmp_path, teacher_folder, data_folder, f"--p_forward 1 --reflect none --seed 3 {flags}")
-    args, noise = parse_args(flags.split()), seeded(seed_of(3, "rank", 0))
+    args, noise = parse_args(flags.split()), seeded(derive_seed(3, "rank", 0))
     B, grid = args.batch_size or 4, torch.tensor([*timestep_grid(args.teacher_steps, "trailing"), CLEAN])
     pipe, rows = load_pipeline(str(teacher_folder)), open_rows(str(data_folder)).train
     schedule, prompts = load_schedule(pipe), PromptEncoder(pipe, "cpu")
@@ -206,9 +206,9 @@ def test_metrics(tmp_path, teacher_folder, data_folder):
     flags = f"{FLAGS} --p_forward .4 .1 --p_teacher .3 --updates 12"
     lcm_here(tmp_path / "run", teacher_folder, data_folder, flags)
     run = open_run(lcm_ddil, f"{paths(tmp_path / 'replay', teacher_folder, data_folder)} {flags}")
-    priors, before, seen = priors_of(run.args), 0, set()
+    priors, before, seen = resolve_priors(run.args), 0, set()
     prior = SamplingPrior(run.shared, **priors)
-    for update, row in enumerate(rows_of(tmp_path / "run")):
+    for update, row in enumerate(read_metrics(tmp_path / "run")):
         source, forwards = prior.draw(part_of(update, 12, 2)), int(row["unet_forwards"])
         assert [name for name in priors if row[f"loss_{name}"]] == [source] and row[f"loss_{source}"] == row["loss"]
         stop = [999] if source == "forward" else sample_rollout_timesteps(run, GRID)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import SMALL, W_RANGE, change_json, rows_of, run_here, save_teacher, weights_of
+from conftest import SMALL, W_RANGE, change_json, read_metrics, run_here, save_teacher, weights_of
 from diffusers import DiffusionPipeline
 
 # isort: off
@@ -17,7 +17,7 @@ from toys import paths, randn, seeded, stock_latents
 import pd_ddil
 from common import CLEAN, add_noise, ddim_step, rotation, teacher_rollout, timestep_grid
 from common import PromptEncoder, UNetModel, load_pipeline, load_schedule, with_guidance, with_w_embedding
-from common import LatentData, Run, open_rows, seed_of
+from common import LatentData, Run, open_rows, derive_seed
 from pd_ddil import DAgger, Phase, collect, dagger_batch, forward_batch, guidance_step, open_phase
 from pd_ddil import parse_args, pd_step, plan_phases, teacher_target, v_step
 # isort: on
@@ -203,7 +203,7 @@ def test_plain_pd_equals_a_short_independent_loop(B, teacher_folder, data_folder
     flags = f"--p_forward 1 --reflect none --seed 3 --teacher_steps 4 --student_steps 2 --batch_size {B}"
     pd_here(tmp_path, teacher_folder, data_folder, f"{flags} --updates v=3 gc=4 2=4,3")
     pipe, rows = load_pipeline(str(teacher_folder)), open_rows(str(data_folder)).train
-    schedule, prompts, noise = load_schedule(pipe), PromptEncoder(pipe, "cpu"), seeded(seed_of(3, "rank", 0))
+    schedule, prompts, noise = load_schedule(pipe), PromptEncoder(pipe, "cpu"), seeded(derive_seed(3, "rank", 0))
     data, unet, predicts = LatentData(rows, pipe, prompts, B, 3, 0, 1, noise, cache=True), pipe.unet, "epsilon"
 
     def loss_of(phase, x, cond):
@@ -253,9 +253,9 @@ def test_errors_are_of_the_captions_at_hand(gc_folder, data_folder, tmp_path):
     captions.write_text(captions.read_text().replace("image", "another"))
     pd_here(tmp_path / "fresh", gc_folder, data, flags)
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "00000002+")  # as if killed before the stage was finished
-    ends.append(rows_of(tmp_path / "resumed")[-1])
+    ends.append(read_metrics(tmp_path / "resumed")[-1])
     run_here("--resume", "--output_dir", tmp_path / "resumed")
-    ends += [rows_of(tmp_path / name)[-1] for name in ("resumed", "fresh")]
+    ends += [read_metrics(tmp_path / name)[-1] for name in ("resumed", "fresh")]
     before, resumed, fresh = ([row[name] for name in row if "_error" in name] for row in ends)
     assert resumed == fresh != before
 

@@ -28,7 +28,7 @@ from torch._dynamo.utils import counters
 import common
 
 # isort: off
-from conftest import ASCII, ROOT, change_json, refusal, rows_of, run_here, run_script, save_images, save_teacher
+from conftest import ASCII, ROOT, change_json, refusal, read_metrics, run_here, run_script, save_images, save_teacher
 from conftest import scale_weights, weights_of
 from common import CLEAN, PromptEncoder, UNetModel, checkpoints_of, load_pipeline, load_schedule, noise_of, open_rows
 from common import teacher_rollout, timestep_grid, with_guidance
@@ -174,7 +174,7 @@ def assert_same_run(folder, reference) -> None:
     assert files and {path.relative_to(folder) for path in folder.glob("**/unet/*.safetensors")} == {*files}
     for file in files:
         assert distance(*(weights_of(run / file.parent.parent) for run in (folder, reference))) == 0, file
-    ours, theirs = ([row | {"seconds": ""} for row in rows_of(run)] for run in (folder, reference))
+    ours, theirs = ([row | {"seconds": ""} for row in read_metrics(run)] for run in (folder, reference))
     assert [row["total_updates"] for row in ours] == [row["total_updates"] for row in theirs]
     assert ours == theirs
 
@@ -196,7 +196,7 @@ def test_run_folder(script, finished, teacher_folder):
     assert config["teacher"] == str(teacher_folder) and config["world_size"] == 1 and config["mixed_precision"] == "no"
     pictures = [Image.open(file).convert("L").getextrema() for file in (folder / "samples").glob("*.png")]
     assert len(pictures) > 3 and all(low < 50 and high > 200 for low, high in pictures)
-    updates = [int(row["total_updates"]) for row in rows_of(folder) if row["seconds"]]
+    updates = [int(row["total_updates"]) for row in read_metrics(folder) if row["seconds"]]
     assert updates == [*range(1, UPDATES[script] + 1)]
     assert {path.name for path in folder.glob("stages/*")} == {*stages}
     for pipeline in (folder / "pipeline", *folder.glob("stages/*")):  # model cards; the licence is the teacher's
@@ -217,7 +217,7 @@ def test_forwards_of_pd(finished):
     """For each of B samples v 3 (backward = 2), guidance 2 + 3, halvings 2 + 3 by forward diffusion and 3 from D_DAgger, to
     which a rollout of B prompts through M intervals adds B (2 M - 1) to B (3 M - 2)."""
     before, B = 0, 4
-    for row in (row for row in rows_of(finished("pd_ddil")) if row["loss"]):
+    for row in (row for row in read_metrics(finished("pd_ddil")) if row["loss"]):
         spent, before = int(row["unet_forwards"]) - before, int(row["unet_forwards"])
         if row["loss_forward"]:
             assert spent == (3 if row["phase"] == "v" else 5) * B and not row["loss_dagger"]
@@ -253,7 +253,7 @@ def test_stage_in_stock_diffusers_and_its_paired_error(stage, steps, finished, d
     assert stock.scheduler.timesteps.tolist() == timestep_grid(steps)
     assert (ours.clamp(0, 1) - images).abs().max() < 1 / 255
     assert not torch.equal(stock(captions, guidance_scale=7.0, **settings).images, images)  # it does listen to w
-    for row in (row for row in rows_of(finished("pd_ddil")) if row["paired_error"] and row["phase"] == stage):
+    for row in (row for row in read_metrics(finished("pd_ddil")) if row["paired_error"] and row["phase"] == stage):
         teacher = {"4": "gc", "2": "4"}[stage], 2 * steps
         pairs = {"paired_error": (stage, "gc", 8), "paired_error_undistilled": ("gc", "gc", 8)}
         for name, (other, *goal) in (pairs | {"stage_error": (stage, *teacher)}).items():
@@ -301,7 +301,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, finished, capsys,
     assert f"{newest} is damaged; going on from {before}" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", finished("lcm_ddil"))
     assert (tmp_path / "run" / "pipeline" / "notes.txt").read_text() == "mine"
-    for checkpoint in filter(common.is_whole, (tmp_path / "run" / "checkpoints").iterdir()):
+    for checkpoint in filter(common.is_intact, (tmp_path / "run" / "checkpoints").iterdir()):
         DAMAGES[damage](checkpoint)
     assert "those before it are damaged" in refusal("--resume", "--output_dir", tmp_path / "run", script="lcm_ddil.py")
     (tmp_path / "run" / "config.json").write_text("")
@@ -423,7 +423,7 @@ def test_ranks_are_in_step_and_apart(script, finished):
     folder = finished(script, 2)
     first, second = (json.loads((folder.parent / f"{rank}.json").read_text()) for rank in range(2))
     assert first["sources"] == second["sources"] and len(set(first["sources"])) > 1
-    shown = [float(row["unet_forwards"]) for row in rows_of(folder) if row["unet_forwards"]]
+    shown = [float(row["unet_forwards"]) for row in read_metrics(folder) if row["unet_forwards"]]
     assert first["forwards"] == second["forwards"] and shown == pytest.approx([2 * n for n in first["forwards"]])
     rows = [str(row) for rank in (first, second) for row in rank["rows"][:20]]  # 40 images: an epoch
     assert len({*rows}) == len(rows) == 40
