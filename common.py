@@ -38,7 +38,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict as whole_state
+from torch.distributed.checkpoint import state_dict as dcp_state
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Noise schedule
@@ -1352,15 +1352,15 @@ def add_prior_flags(add: Callable, plain: str) -> None:
     add("--p_student", type=share, nargs="+", help="share of the student's trajectories")
 
 
-ACTIONS = ("resume", "overwrite", "dry_run", "check_data")  # flags that are no setting of a run
+NOT_SETTINGS = ("resume", "overwrite", "dry_run", "check_data")  # flags that are no setting of a run
 # May differ when a run is resumed; the networks' paths too, as their weights are compared.
-FREE = ("teacher", "student_init", "fake_init", "output_dir", "compile", "log_every", "save_every", "report_to")
+MAY_CHANGE = ["teacher", "student_init", "fake_init", "output_dir", "compile", "log_every", "save_every", "report_to"]
 
 
 def resolve(args, recipes: dict):
     """Fill every flag that was not given: from the saved run with --resume, otherwise from the recipe. What is given with
-    --resume must agree with the saved run, except FREE. SystemExit if that cannot work."""
-    given = {name: value for name, value in vars(args).items() if value is not None and name not in ACTIONS}
+    --resume must agree with the saved run, except MAY_CHANGE. SystemExit if that cannot work."""
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in NOT_SETTINGS}
     defaults = recipes[args.recipe or "tiny"] | {"recipe": args.recipe or "tiny"}
     if args.resume and args.overwrite:
         raise SystemExit("--resume and --overwrite exclude each other: one goes on with a run, the other deletes it")
@@ -1369,10 +1369,10 @@ def resolve(args, recipes: dict):
         if not (Path(folder) / "config.json").is_file():
             raise SystemExit(f"--resume: {folder} holds no run (no config.json); name it by --output_dir")
         defaults = read_config(Path(folder)) | {"output_dir": folder}
-        refuse_changes({name: value for name, value in given.items() if name not in FREE}, defaults)
+        refuse_changes({name: value for name, value in given.items() if name not in MAY_CHANGE}, defaults)
     if given.get("lora_rank") and not args.resume:
         defaults = defaults | {"learning_rate": defaults["lora_learning_rate"]}
-    for name in set(vars(args)) - set(given) - set(ACTIONS):
+    for name in set(vars(args)) - set(given) - set(NOT_SETTINGS):
         setattr(args, name, defaults.get(name))
     for name in ("teacher", "data"):
         if getattr(args, name) is None:
@@ -1579,7 +1579,7 @@ def model_card(args, script: str, steps: int, w: str, measured: dict) -> str:
         head.append(f"base_model: {args.teacher}")  # its name on the hub
     head += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags: [ddil, distillation, few-step]"]
     head = "\n".join(head)
-    settings = {name: v for name, v in sorted(vars(args).items()) if name not in ACTIONS and v is not None}
+    settings = {name: v for name, v in sorted(vars(args).items()) if name not in NOT_SETTINGS and v is not None}
     table = "\n".join(f"| {name} | {value} |" for name, value in (settings | measured).items())
     return f"""---
 {head}
@@ -1668,7 +1668,7 @@ class Metrics:
         replacement.replace(self.path)
 
 
-def save_grid(path: Path, pipe, rows: dict[str, Tensor]) -> None:
+def save_preview(path: Path, pipe, rows: dict[str, Tensor]) -> None:
     """PNG with one labelled row of images for each entry; latents [n, C, h, w], the same noise in each column."""
     from PIL import Image
 
@@ -1723,13 +1723,13 @@ class StopRequest:
 
 # --- the engine ---
 
-# What an engine has sharded is gathered on the first rank's CPU; all ranks must ask. Keys are a parameter's name everywhere.
-# What is frozen, a LoRA's base, is not in it, and so not asked for when it is loaded.
-WHOLE = whole_state.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+# Gather sharded state on rank 0's CPU (all ranks must call); keys are parameter names. Frozen parameters, a LoRA's base,
+# are left out, and not asked for when it is loaded.
+FULL_STATE = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 @dataclass
-class Trained:
+class TrainableNetwork:
     """A network under the engine with its optimiser; `plain` has the same weights without the wrapper, for rollouts."""
 
     network: torch.nn.Module
@@ -1741,12 +1741,12 @@ class Trained:
         return [p for p in self.network.parameters() if p.requires_grad]
 
     def renew_optimizer(self) -> None:
-        """As if new, for a part of its own [D7]; the learning rate is set at each update."""
+        """Clear its state for a new part [D7]; the learning rate is set at each update."""
         self.optimizer.optimizer.state.clear()
 
 
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor that an engine may have sharded; then all ranks must ask."""
+def full_tensor(value: Tensor) -> Tensor:
+    """All of a tensor that an engine may have sharded (all ranks must call)."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
@@ -1757,11 +1757,11 @@ class Run:
     """
 
     def __init__(self, args):
-        self.args, self.out, self.trained, self.kept = args, Path(args.output_dir), {}, {}
+        self.args, self.out, self.trained, self.checkpointed = args, Path(args.output_dir), {}, {}
         self.accelerator = start_accelerator(log_with=args.report_to, project_dir=args.output_dir)
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.n_ranks = self.accelerator.num_processes
-        self.facts = {"world_size": self.n_ranks, "mixed_precision": self.accelerator.mixed_precision}
+        self.resume_invariants = {"world_size": self.n_ranks, "mixed_precision": self.accelerator.mixed_precision}
         self.refuse_changes()
         args.batch_size = args.batch_size or max(1, args.global_batch_size // self.n_ranks)
         self.accumulation, rest = divmod(args.global_batch_size, args.batch_size * self.n_ranks)
@@ -1780,7 +1780,7 @@ class Run:
     def refuse_changes(self) -> None:
         """SystemExit if a resumed run was launched otherwise, or has other networks."""
         if self.args.resume:
-            refuse_changes(self.facts, read_config(self.out))
+            refuse_changes(self.resume_invariants, read_config(self.out))
 
     def open(self, script: str, labels, columns, plan: dict, networks=None, need_images=True) -> None:
         """Data, support [D15], random streams, metrics and folder. Ends here for --dry_run, which also prints `plan`, and
@@ -1804,39 +1804,40 @@ class Run:
             raise SystemExit
 
         set_seed(args.seed, device_specific=True)
-        self.noise = torch.Generator(device).manual_seed(derive_seed(args.seed, "rank", self.rank))  # this rank's own
-        self.shared = torch.Generator().manual_seed(derive_seed(args.seed, "shared"))  # alike on all ranks [D14]
+        self.rng = torch.Generator(device).manual_seed(derive_seed(args.seed, "rank", self.rank))  # this rank's own
+        self.shared_rng = torch.Generator().manual_seed(derive_seed(args.seed, "shared"))  # alike on all ranks [D14]
         self.prompts = PromptEncoder(self.pipe, device, dtype=frozen_dtype(self.accelerator))
         cache = args.cache_latents and need_images
         place = args.batch_size, args.seed, self.rank, self.n_ranks
-        self.data = LatentData(rows.train, self.pipe, self.prompts, *place, self.noise, cache)
+        self.data = LatentData(rows.train, self.pipe, self.prompts, *place, self.rng, cache)
         self.support = make_support(args.reflect, self.data)
         self.null = self.prompts.null()
         self.metrics = Metrics(self.out / "metrics.csv", labels, columns, device)
         bins = sorted(int(c.removeprefix("loss_t")) for c in columns if c.removeprefix("loss_t").isdigit())
         self.t_bins = torch.tensor(bins, device=device)
         self.t_places = torch.tensor([columns.index(f"loss_t{t}") for t in bins], device=device)  # their columns
-        self.labels, self.stop, self.stopping, self.leaving, self.drawn = {}, StopRequest(), 0.0, False, None
-        self.unread = []  # (name, value) of losses and norms on the device, to be judged
+        self.labels, self.last_preview = {}, None
+        self.stop, self.n_ranks_stopping, self.exit_before_next_loop = StopRequest(), 0.0, False
+        self.pending_checks = []  # (name, value) of losses and norms, still on the device
         self.progress = {"phase": 0, "loop": None, "update": 0, "total": 0, "forwards": 0.0, "rows": 0}
 
-        prints = {id(network): fingerprint(network) for network in networks.values()}
-        self.facts |= {f"{name}_weights": prints[id(network)] for name, network in networks.items()}
+        fingerprints = {id(network): fingerprint(network) for network in networks.values()}
+        self.resume_invariants |= {f"{name}_weights": fingerprints[id(network)] for name, network in networks.items()}
         self.refuse_changes()
         if self.accelerator.is_main_process:
             if not args.resume:
                 self.create_folder(script)
             self.lock()
         # where a resumed run is until its loop is reached
-        self.checkpoint = self.checkpoint_to_resume() if args.resume else None
-        if self.accelerator.is_main_process and args.resume and not self.checkpoint:
+        self.pending_checkpoint = self.checkpoint_to_resume() if args.resume else None
+        if self.accelerator.is_main_process and args.resume and not self.pending_checkpoint:
             self.metrics.truncate(0)
         self.accelerator.wait_for_everyone()
         if not self.out.exists():
             raise SystemExit(f"--output_dir {self.out}: process {self.rank} does not see it; all nodes must share it")
         if args.report_to:
             self.accelerator.init_trackers(Path(script).stem, config={k: str(v) for k, v in vars(args).items()})
-        done = int(self.checkpoint.name.strip("+")) if self.checkpoint else 0
+        done = int(self.pending_checkpoint.name.strip("+")) if self.pending_checkpoint else 0
         self.print(f"{self.out}: {'resuming' if done else 'starting'} at update {done + 1}")
 
     def checkpoint_to_resume(self) -> Path | None:
@@ -1866,8 +1867,8 @@ class Run:
             raise SystemExit(f"--output_dir {self.out}: another run was just started there; choose another folder")
         for file in (script, __file__):
             shutil.copy(file, self.out)
-        settings = {name: value for name, value in vars(self.args).items() if name not in ACTIONS}
-        (self.out / "config.json").write_text(json.dumps(settings | self.facts, indent=1), encoding="utf-8")
+        settings = {name: value for name, value in vars(self.args).items() if name not in NOT_SETTINGS}
+        (self.out / "config.json").write_text(json.dumps(settings | self.resume_invariants, indent=1), encoding="utf-8")
 
     def lock(self) -> None:
         """The folder is this run's until its process ends, however that is; SystemExit where it is another's."""
@@ -1884,13 +1885,13 @@ class Run:
 
     # networks
 
-    def frozen(self, network, half: bool = True):
+    def prepare_frozen(self, network, half: bool = True):
         """A network that is asked and not trained, on the device."""
         dtype = frozen_dtype(self.accelerator) if half else torch.float32
-        return self.compiled(network.to(self.device, dtype))
+        return self.compile_blocks(network.to(self.device, dtype))
 
-    def compiled(self, network):
-        """By region: the blocks that a UNet repeats, which is short, and leaves no graph to be broken around them."""
+    def compile_blocks(self, network):
+        """Compile only the blocks that a UNet repeats: fast, without graph breaks around them."""
         if self.args.compile:
             # of one code: instances of several shapes, with and without gradient; beyond it, it would run uncompiled
             torch._dynamo.config.recompile_limit = 256
@@ -1900,23 +1901,23 @@ class Run:
                     module.compile(dynamic=False)
         return network
 
-    def trainable(self, name: str, network) -> Trained:
+    def prepare_trainable(self, name: str, network) -> TrainableNetwork:
         """The network under the engine, with AdamW on what of it asks for a gradient."""
         network = network.to(self.device).train()  # one by one: where they are sharded, it may not hold all as a whole
         if self.args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        parameters = [p for p in self.compiled(network).parameters() if p.requires_grad]
+        parameters = [p for p in self.compile_blocks(network).parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, fused=self.device.type == "cuda" or None)
         network, optimizer = self.accelerator.prepare(network, optimizer)
-        self.trained[name] = Trained(network, self.accelerator.unwrap_model(network), optimizer)
-        if self.accelerator.is_fsdp2:  # accelerate's tells parameters by their addresses: empty shards have the same
+        self.trained[name] = TrainableNetwork(network, self.accelerator.unwrap_model(network), optimizer)
+        if self.accelerator.is_fsdp2:  # accelerate matches parameters by address, which empty shards share
             optimizer.param_groups[0]["params"] = self.trained[name].parameters
-        self.drawn = None
+        self.last_preview = None
         return self.trained[name]
 
-    def keep(self, name: str, thing):
+    def register_for_checkpointing(self, name: str, thing):
         """Into checkpoints, anything with state_dict / load_state_dict: D_DAgger (each rank its own), a moving average."""
-        self.kept[name] = thing
+        self.checkpointed[name] = thing
         return thing
 
     def model(self, network, predicts: str | None = None) -> UNetModel:
@@ -1925,12 +1926,12 @@ class Run:
         self.models.add(model)
         return model
 
-    def noting(self, model: Model, column: str) -> Model:
+    def with_reflect_metric(self, model: Model, column: str) -> Model:
         """The model, and in the metrics the share of its x estimate that `reflect` moves."""
 
         def noted(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
             v = model(z_t, t, cond)
-            self.note({column: clipped_fraction(x_from_v(self.schedule, z_t, v, t), self.support)})
+            self.add_metrics({column: clipped_fraction(x_from_v(self.schedule, z_t, v, t), self.support)})
             return v
 
         return noted
@@ -1957,14 +1958,14 @@ class Run:
         pipe.unload_lora_weights()
         return pipe.unet
 
-    def whole_network(self, trained: Trained):
+    def unwrap_full_network(self, trained: TrainableNetwork):
         """The UNet without its engine, to be saved; where it is sharded, a copy that is whole on the first rank."""
-        if self.checkpoint:
-            raise SystemExit(f"--resume: {self.checkpoint} was made in a loop that this script does not have")
+        if self.pending_checkpoint:
+            raise SystemExit(f"--resume: {self.pending_checkpoint} was made in a loop that this script does not have")
         network = self.accelerator.unwrap_model(trained.network, keep_fp32_wrapper=False)
         if not self.accelerator.is_fsdp2:
             return network
-        state = whole_state.get_model_state_dict(trained.network, options=WHOLE)
+        state = dcp_state.get_model_state_dict(trained.network, options=FULL_STATE)
         if self.accelerator.is_main_process:
             network = type(self.pipe.unet).from_config(network.config)
             network.load_state_dict(state)
@@ -1974,14 +1975,14 @@ class Run:
 
     def start_noise(self, n: int) -> Tensor:
         """z ~ N(0, I) [n, C, h, w], where every trajectory starts (t = 999)."""
-        return torch.randn(n, *latent_shape(self.pipe), generator=self.noise, device=self.device)
+        return torch.randn(n, *latent_shape(self.pipe), generator=self.rng, device=self.device)
 
     def draw_w(self, n: int) -> Tensor:
         """w ~ U[guidance_range], [n]."""
         lo, hi = self.args.guidance_range
-        return lo + (hi - lo) * torch.rand(n, generator=self.noise, device=self.device)
+        return lo + (hi - lo) * torch.rand(n, generator=self.rng, device=self.device)
 
-    def grid_row(self, sample: Callable[[Tensor, dict, torch.Generator], Tensor], w: float) -> Tensor:
+    def preview_row(self, sample: Callable[[Tensor, dict, torch.Generator], Tensor], w: float) -> Tensor:
         """sample(z, cond, generator) for eight held-out prompts, always the same, in batches no larger than in training."""
         n, noise = min(8, len(self.held_out)), torch.Generator(self.device).manual_seed(1)
         ids = self.prompts.tokenize([self.held_out[i * len(self.held_out) // n] for i in range(n)])
@@ -1992,20 +1993,20 @@ class Run:
             rows.append(sample(z[part].to(self.device), cond, noise))
         return torch.cat(rows)
 
-    def save_grid(self, rows: dict[str, Tensor], suffix: str = "") -> None:
+    def save_preview(self, rows: dict[str, Tensor], suffix: str = "") -> None:
         """samples/UPDATE.png from latents; all ranks make them, as a network may be sharded."""
         if self.accelerator.is_main_process:
-            save_grid(self.out / "samples" / f"{self.progress['total']:06d}{suffix}.png", self.pipe, rows)
+            save_preview(self.out / "samples" / f"{self.progress['total']:06d}{suffix}.png", self.pipe, rows)
 
     # phases
 
     def unfinished(self, phases: Sequence):
         """(place, phase) of those still to do. A phase is finished when finish() has written its results and a checkpoint
         says so."""
-        if self.checkpoint:
-            self.progress = json.loads((self.checkpoint / "progress.json").read_bytes())
+        if self.pending_checkpoint:
+            self.progress = json.loads((self.pending_checkpoint / "progress.json").read_bytes())
             if self.progress["loop"] is None:  # made by finish(): between two phases
-                self.restore()
+                self.load_checkpoint()
         for place in range(self.progress["phase"], len(phases)):
             yield place, phases[place]
             gc.collect()  # accelerate's wrappers are cycles, and only here has the phase's frame let go of its networks
@@ -2018,7 +2019,7 @@ class Run:
         self.trained = {}
         self.accelerator.free_memory()
         self.progress |= {"phase": self.progress["phase"] + 1, "loop": None, "update": 0}
-        self.save()
+        self.save_checkpoint()
 
     # the loop
 
@@ -2027,11 +2028,11 @@ class Run:
         and sample() where they are due and, if the run is asked to stop, the end. A loop done before yields nothing."""
         from tqdm import tqdm
 
-        start = self.enter(loop)
-        if start < n and self.leaving:
-            self.leave()
+        start = self.first_update_of(loop)
+        if start < n and self.exit_before_next_loop:
+            self.exit_after_save()
         if start == 0:
-            self.draw(sample)
+            self.save_preview_once(sample)
         bar = tqdm(initial=start, total=n, desc=loop, disable=self.rank != 0 or start >= n, dynamic_ncols=True)
         clock = time.time()
         for update in range(start, n):
@@ -2047,35 +2048,35 @@ class Run:
             bar.update()
             total, is_last = self.progress["total"], update + 1 == n
             is_logged, due = (total % every == 0 or is_last for every in (self.args.log_every, self.args.save_every))
-            stop = self.stopping > 0
+            stop = self.n_ranks_stopping > 0
             if is_logged:
                 self.log(loop, n, rate, time.time() - clock)
                 clock = time.time()
-            if (due or stop) and self.unread:
-                self.judge()
+            if (due or stop) and self.pending_checks:
+                self.check_finite()
             if due:
-                self.draw(sample)  # before the checkpoint, or a kill between the two would lose it
+                self.save_preview_once(sample)  # before the checkpoint, or a kill between the two would lose it
             if due or stop:
-                self.save()
-            self.leaving = stop  # asked at a loop's last update: before the next loop, if there is one
+                self.save_checkpoint()
+            self.exit_before_next_loop = stop  # asked at a loop's last update: before the next loop, if there is one
             if stop and not is_last:
                 bar.close()
-                self.leave()
+                self.exit_after_save()
         bar.close()
 
-    def leave(self) -> None:
+    def exit_after_save(self) -> None:
         """The end of a run that was asked to stop, after a checkpoint."""
         self.print(f"stopped after update {self.progress['total']}: saved; --resume goes on")
         self.accelerator.end_training()
         raise SystemExit
 
-    def draw(self, sample: Callable[[], None]) -> None:
+    def save_preview_once(self, sample: Callable[[], None]) -> None:
         """A sample grid, unless one of these weights was drawn already."""
-        if self.drawn != self.progress["total"]:
+        if self.last_preview != self.progress["total"]:
             sample()
-            self.drawn = self.progress["total"]
+            self.last_preview = self.progress["total"]
 
-    def minibatches(self, trained: Trained | None):
+    def minibatches(self, trained: TrainableNetwork | None):
         """The mini-batches of an update on each process; ranks exchange gradients at the last. None: nothing is trained."""
         for _ in range(self.accumulation):
             with self.accelerator.accumulate(trained.network) if trained else nullcontext():
@@ -2084,51 +2085,51 @@ class Run:
     def backward(
         self, losses: Tensor, t: Tensor | None = None, source: str | None = None, cost: float = 2, of: str = "student"
     ) -> None:
-        """Add the gradient of losses [B] of a network; with their timesteps and source, into the metrics. cost: UNet
-        forwards of a sample that the backward pass counts as."""
+        """Backpropagate losses [B]; given t and source, record them. cost: UNet forwards of a sample that the backward pass
+        counts as."""
         loss = losses.mean()
-        self.watch(f"{of}'s loss" + f" on {source} states" * bool(source), loss)
+        self.queue_finite_check(f"{of}'s loss" + f" on {source} states" * bool(source), loss)
         self.accelerator.backward(loss)
         self.progress["forwards"] += cost * len(losses)
         if source:
             losses = losses.detach()
-            self.note({"loss": losses, f"loss_{source}": losses, "t_mean": t})
+            self.add_metrics({"loss": losses, f"loss_{source}": losses, "t_mean": t})
             bins = torch.bucketize(t, self.t_bins)  # of t in (the bin before, bin]
             self.metrics.add_by(self.t_places[bins], losses)
 
-    def watch(self, name: str, value: Tensor) -> None:
-        """A value of this update that must be finite; it stays on the device until it is judged."""
-        self.unread.append((f"update {self.progress['total'] + 1}: the {name}", value.detach()))
+    def queue_finite_check(self, name: str, value: Tensor) -> None:
+        """A value of this update that must be finite; it stays on the device until check_finite."""
+        self.pending_checks.append((f"update {self.progress['total'] + 1}: the {name}", value.detach()))
 
-    def judge(self) -> None:
-        """The only wait for the device in an update: SystemExit on all ranks if a loss or a gradient's norm since the last
-        time was not finite; and whether a rank was asked to stop."""
+    def check_finite(self) -> None:
+        """The only device sync of an update: SystemExit on all ranks if a value since the last call was not finite. It also
+        learns whether a rank was asked to stop."""
         asked = torch.full((), float(self.stop.asked), device=self.device)
-        names, values = zip(*self.unread, ("", asked))
-        self.unread = []
-        *values, self.stopping = self.accelerator.reduce(torch.stack(values).float(), "sum").tolist()
+        names, values = zip(*self.pending_checks, ("", asked))
+        self.pending_checks = []
+        *values, self.n_ranks_stopping = self.accelerator.reduce(torch.stack(values).float(), "sum").tolist()
         for name, value in zip(names, values):
             if not math.isfinite(value):  # the same verdict on all ranks
                 last = (checkpoints_of(self.out / "checkpoints") or ["none yet"])[-1]
                 raise SystemExit(f"{name} is {value}; stopped, last checkpoint: {last}; try a lower --learning_rate")
 
-    def step(self, trained: Trained, max_norm: float, column: str = "grad_norm") -> None:
-        """Clip the gradient, AdamW, and leave no gradient. The first network's step waits for the verdict on all that was
-        computed since its last one (of DMD2's critic too, whose weights no checkpoint has taken by then)."""
+    def step(self, trained: TrainableNetwork, max_norm: float, column: str = "grad_norm") -> None:
+        """Clip gradients, step AdamW, zero gradients. The first network's step first checks all values since its last one
+        (the critic's too, before any checkpoint takes its weights)."""
         if self.accelerator.is_fsdp2:  # accelerate's own would compare the parameters of two networks by value
             self.accelerator.unscale_gradients()
-            norm = whole(torch.nn.utils.clip_grad_norm_(trained.parameters, max_norm))
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained.parameters, max_norm))
         else:
             norm = self.accelerator.clip_grad_norm_(trained.parameters, max_norm)
         if self.accelerator.scaler is None:  # fp16's scaler skips such updates
-            self.watch("gradient's norm", norm)
+            self.queue_finite_check("gradient's norm", norm)
         if trained is next(iter(self.trained.values())):
-            self.judge()
-        self.note({column: norm})
+            self.check_finite()
+        self.add_metrics({column: norm})
         trained.optimizer.step()
         trained.optimizer.zero_grad()
 
-    def note(self, columns: dict[str, Tensor]) -> None:
+    def add_metrics(self, columns: dict[str, Tensor]) -> None:
         for column, values in columns.items():
             self.metrics.add(column, values)
 
@@ -2155,7 +2156,7 @@ class Run:
 
     # checkpoints
 
-    def save(self) -> None:
+    def save_checkpoint(self) -> None:
         """checkpoints/<update>: progress, networks and optimisers (whole, so the same under every engine) and every rank's
         own state. Written under another name and renamed: a kill leaves the old ones or the new one too; the last two stay."""
         folder, total = self.out / "checkpoints", self.progress["total"]
@@ -2185,51 +2186,53 @@ class Run:
         """(name, state) one by one, gathered on the first rank's CPU where an engine has sharded them."""
         for name, trained in self.trained.items():
             network, optimizer = trained.network, trained.optimizer.optimizer
-            yield name, whole_state.get_model_state_dict(network, options=WHOLE)
-            yield f"{name}_optimizer", whole_state.get_optimizer_state_dict(network, optimizer, options=WHOLE)
-        for name, thing in self.kept.items():
+            yield name, dcp_state.get_model_state_dict(network, options=FULL_STATE)
+            yield f"{name}_optimizer", dcp_state.get_optimizer_state_dict(network, optimizer, options=FULL_STATE)
+        for name, thing in self.checkpointed.items():
             if isinstance(thing, torch.nn.Module):
                 yield name, thing.state_dict()
 
     def rank_state(self) -> dict:
         """This rank's own part: generators, place in the data, metrics, support, fp16's scaler, what is kept."""
         scaler = self.accelerator.scaler
-        own = {name: thing.state_dict() for name, thing in self.kept.items() if not isinstance(thing, torch.nn.Module)}
+        states = {
+            n: thing.state_dict() for n, thing in self.checkpointed.items() if not isinstance(thing, torch.nn.Module)
+        }
         return {
-            "noise": self.noise.get_state(),
-            "shared": self.shared.get_state(),
+            "noise": self.rng.get_state(),
+            "shared": self.shared_rng.get_state(),
             "data": self.data.position(),
             "metrics": self.metrics.totals,
             "support": self.support,
             "scaler": scaler.state_dict() if scaler else {},
-            "kept": own,
+            "kept": states,
         }
 
-    def enter(self, loop: str) -> int:
+    def first_update_of(self, loop: str) -> int:
         """The first update of a loop: 0, past its end if it was done before, or where the checkpoint was made."""
-        if self.checkpoint is None:
+        if self.pending_checkpoint is None:
             return 0
-        if json.loads((self.checkpoint / "progress.json").read_bytes())["loop"] != loop:
+        if json.loads((self.pending_checkpoint / "progress.json").read_bytes())["loop"] != loop:
             return sys.maxsize  # an earlier loop than the checkpoint's
-        self.restore()
+        self.load_checkpoint()
         return self.progress["update"]
 
-    def restore(self) -> None:
+    def load_checkpoint(self) -> None:
         """Everything that the checkpoint holds."""
-        folder, self.checkpoint = self.checkpoint, None
+        folder, self.pending_checkpoint = self.pending_checkpoint, None
         for name, trained in self.trained.items():
-            whole_state.set_model_state_dict(trained.network, load_state(folder / f"{name}.pt"), options=WHOLE)
+            dcp_state.set_model_state_dict(trained.network, load_state(folder / f"{name}.pt"), options=FULL_STATE)
             state, optimizer = load_state(folder / f"{name}_optimizer.pt"), trained.optimizer.optimizer
             # the state that it has by then goes first, or both would be on the device for a moment
             hook = optimizer.register_load_state_dict_pre_hook(lambda optimizer, _: optimizer.state.clear())
-            whole_state.set_optimizer_state_dict(trained.network, optimizer, state, options=WHOLE)
+            dcp_state.set_optimizer_state_dict(trained.network, optimizer, state, options=FULL_STATE)
             hook.remove()
         mine = load_state(folder / f"rank-{self.rank}.pt")
-        for name, thing in self.kept.items():
+        for name, thing in self.checkpointed.items():
             is_network = isinstance(thing, torch.nn.Module)
             thing.load_state_dict(load_state(folder / f"{name}.pt") if is_network else mine["kept"][name])
-        self.noise.set_state(mine["noise"])
-        self.shared.set_state(mine["shared"])
+        self.rng.set_state(mine["noise"])
+        self.shared_rng.set_state(mine["shared"])
         self.data.restore(mine["data"])
         self.metrics.totals = mine["metrics"].to(self.device)
         self.support = mine["support"] and tuple(bound.to(self.device) for bound in mine["support"])

@@ -42,7 +42,7 @@ from common import Model, consistency_function, consistency_rollout, student_rol
 from common import SamplingPrior
 from common import UNetModel, add_lora, betas_of, latent_shape, lcm_scheduler, load_pipeline, load_schedule
 from common import refuse_zero_snr, with_guidance, without_lora
-from common import Run, Trained, add_lora_flag, add_prior_flags, flag_parser, non_negative, part_of, positive
+from common import Run, TrainableNetwork, add_lora_flag, add_prior_flags, flag_parser, non_negative, part_of, positive
 from common import positive_int, resolve_priors, resolve, derive_seed
 # isort: on
 
@@ -193,14 +193,14 @@ def student_states(
     n = len(cond["w"])
     t = torch.full((n,), timesteps[len(actors)], device=run.device)
     if source == "forward" and actors:
-        return forward_diffuse(run.schedule, x, t, run.noise)[0], t  # DDIL: Alg. 1 line 3
+        return forward_diffuse(run.schedule, x, t, run.rng)[0], t  # DDIL: Alg. 1 line 3
     z = run.start_noise(n)
     for (t_i, s_i), who in zip(pairwise(timesteps), actors):
         if who == "teacher":  # its guided DDIM steps
             path = teacher_grid[teacher_grid.index(t_i) : teacher_grid.index(s_i) + 1]
             z = teacher_rollout(run.schedule, teacher, z, path, cond, run.support)[-1]  # DDIL: Alg. 1 line 4
         else:  # it estimates x and noises it again, as at inference
-            z = consistency_rollout(run.schedule, student, z, (t_i, s_i), cond, run.noise)[-1]  # Alg. 1 line 5
+            z = consistency_rollout(run.schedule, student, z, (t_i, s_i), cond, run.rng)[-1]  # Alg. 1 line 5
     return z, t
 
 
@@ -362,8 +362,8 @@ def check_args(args) -> None:
 class Networks(NamedTuple):
     """The trained networks, and the models as model(z_t, t, cond) -> v_hat."""
 
-    student: Trained
-    critic: Trained
+    student: TrainableNetwork
+    critic: TrainableNetwork
     model: Model  # the student as prepared for training
     rolling: Model  # the same weights without the wrapper of distributed training, for rollouts
     real: Model  # the frozen teacher under guidance
@@ -387,28 +387,30 @@ def networks_of(run: Run, pipes: dict) -> Networks:
     for pipe in pipes.values():
         if pipe is not run.pipe:
             pipe.unet = None  # is trained, or has been copied
-    network = run.model(run.frozen(run.pipe.unet))
+    network = run.model(run.prepare_frozen(run.pipe.unet))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(run.args.seed, "head"))  # alike on all ranks
         head = make_head(fake_unet, latent_shape(run.pipe)) if run.args.gan_weight else None
         for unet in (student_unet, fake_unet):
-            add_lora(run.frozen(unet), rank) if rank else unet.requires_grad_(True)
+            add_lora(run.prepare_frozen(unet), rank) if rank else unet.requires_grad_(True)
     teacher = without_lora(network, fake_unet) if rank and shared else network
     real = teacher if network.config.time_cond_proj_dim is not None else with_guidance(teacher, run.null)
-    student, critic = run.trainable("student", student_unet), run.trainable("critic", Critic(fake_unet, head))
-    model, rolling = (run.model(net, predicts["student"]) for net in (student.network, student.plain))
-    fake, still_fake = (run.model(net, predicts["fake"]) for net in (critic.network, critic.plain))
+    student = run.prepare_trainable("student", student_unet)
+    critic = run.prepare_trainable("critic", Critic(fake_unet, head))
+    model, rolling = (run.model(net, predicts["student"]) for net in (student.network, student.unwrapped))
+    fake, still_fake = (run.model(net, predicts["fake"]) for net in (critic.network, critic.unwrapped))
     judge, still_judge = (judge_of(fake), judge_of(still_fake)) if run.args.gan_weight else (None, None)
     return Networks(student, critic, model, rolling, real, fake, judge, still_fake, still_judge)
 
 
-def sampling_of(run: Run, nets: Networks, grids: list[list[int]]) -> Callable[[], None]:
+def make_preview(run: Run, nets: Networks, grids: list[list[int]]) -> Callable[[], None]:
     """sample(): PNG of teacher and student on the same noise in each column; below, what the two scores make of the
     student's images: where they differ, the student is being pushed from x_fake to x_real."""
     w, timesteps = run.args.guidance_scale, grids[0]
 
     def teacher_row(grid: list[int]) -> Tensor:
-        return run.grid_row(lambda z, cond, _: student_rollout(run.schedule, nets.real, z, [*grid, CLEAN], cond)[-1], w)
+        path = [*grid, CLEAN]
+        return run.preview_row(lambda z, cond, _: student_rollout(run.schedule, nets.real, z, path, cond)[-1], w)
 
     @torch.no_grad()
     def student(z: Tensor, cond: dict, noise: torch.Generator) -> Tensor:
@@ -420,7 +422,7 @@ def sampling_of(run: Run, nets: Networks, grids: list[list[int]]) -> Callable[[]
 
     rows = {f"teacher, {len(grid)} steps": teacher_row(grid) for grid in reversed(grids)}
     names = f"student, {len(timesteps)} steps", "x_real of it", "x_fake of it"
-    return lambda: run.save_grid(rows | dict(zip(names, run.grid_row(student, w).unbind(dim=1))))
+    return lambda: run.save_preview(rows | dict(zip(names, run.preview_row(student, w).unbind(dim=1))))
 
 
 def columns_of(timesteps: list[int]) -> list[str]:
@@ -459,11 +461,11 @@ def main(argv=None) -> None:
     networks = {name: pipe.unet for name, pipe in pipes.items()}
     run.open(__file__, labels, columns_of(timesteps), plan, networks, need_images)
     nets = networks_of(run, pipes)
-    schedule, noise = run.schedule, run.noise
+    schedule, noise = run.schedule, run.rng
     scores = nets.real, nets.still_fake, nets.still_judge
     gan_cost = ENCODER if args.gan_weight else 0
-    prior = SamplingPrior(run.shared, **priors)  # DDIL: [D19], [D20]
-    for update in run.updates("dmd2", n, args.learning_rate, sampling_of(run, nets, grids), args.lr_decay):
+    prior = SamplingPrior(run.shared_rng, **priors)  # DDIL: [D19], [D20]
+    for update in run.updates("dmd2", n, args.learning_rate, make_preview(run, nets, grids), args.lr_decay):
         part = part_of(update, n, len(priors["forward"]))
         for i in range(args.fake_updates):  # of the critic; the first one also updates the student
             trains_student, made = i == 0, []
@@ -481,8 +483,8 @@ def main(argv=None) -> None:
                     losses, notes = student_step(schedule, *scores, x_g, cond, run.support, args.gan_weight, noise)
                     run.backward(losses, cost=2 + gan_cost)
                     columns = f"loss_matching_{origin}", f"loss_matching_t{timesteps[transitions]}"
-                    run.note(notes | dict.fromkeys(columns, notes["loss_matching"]))
-                run.note(statistics(x_hat.detach(), x_g.detach(), x, run.support))
+                    run.add_metrics(notes | dict.fromkeys(columns, notes["loss_matching"]))
+                run.add_metrics(statistics(x_hat.detach(), x_g.detach(), x, run.support))
                 made.append((x_g.detach(), x, cond))  # the one forward feeds both updates
             if trains_student:
                 run.step(nets.student, GRAD_CLIP, "grad_norm_student")
@@ -490,10 +492,10 @@ def main(argv=None) -> None:
                 inputs = nets.fake, nets.judge, x_g, x, cond, args.critic_gan_weight, noise
                 losses, notes = critic_step(schedule, *inputs)
                 run.backward(losses, cost=2 + 4 * gan_cost, of="critic")  # the GAN: back through twice as many samples
-                run.note(notes | {f"loss_fake_{origin}": notes["loss_fake"]})
+                run.add_metrics(notes | {f"loss_fake_{origin}": notes["loss_fake"]})
             run.step(nets.critic, GRAD_CLIP, "grad_norm_critic")
 
-    final = run.whole_network(nets.student)
+    final = run.unwrap_full_network(nets.student)
     w = str(args.guidance_scale if final.config.time_cond_proj_dim is not None else 1.0)
     if run.accelerator.is_main_process:
         final = run.save_lora(final, args.student_init or args.teacher) if args.lora_rank else final

@@ -36,8 +36,8 @@ from common import Support, ddim_step
 from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout, to_device
 from common import SamplingPrior
 from common import add_lora, drop_prompts, lcm_scheduler, refuse_zero_snr, with_guidance, with_w_embedding, without_lora
-from common import Run, Trained, add_lora_flag, add_prior_flags, flag_parser, non_negative, part_of, positive
-from common import positive_int, resolve_priors, resolve, share, whole
+from common import Run, TrainableNetwork, add_lora_flag, add_prior_flags, flag_parser, non_negative, part_of, positive
+from common import full_tensor, positive_int, resolve, resolve_priors, share
 # isort: on
 
 # Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
@@ -103,13 +103,13 @@ def consistency_step(
 def update_target(ema: torch.nn.Module, student: torch.nn.Module, decay: float) -> None:
     """target <- decay target + (1 - decay) student, which may be sharded."""
     for average, value in zip(ema.parameters(), student.parameters(), strict=True):
-        average.lerp_(whole(value), 1 - decay)
+        average.lerp_(full_tensor(value), 1 - decay)
 
 
 def draw_cond(run: Run, ids: Tensor) -> dict:
     """cond of token ids, each with a w of its own."""
     w = run.draw_w(len(ids))
-    return drop_prompts(run.prompts.encode(ids), run.null, run.args.prompt_dropout, run.noise) | {"w": w}
+    return drop_prompts(run.prompts.encode(ids), run.null, run.args.prompt_dropout, run.rng) | {"w": w}
 
 
 def forward_batch(run: Run, timesteps: list[int]) -> tuple[Tensor, Tensor, dict]:
@@ -117,16 +117,16 @@ def forward_batch(run: Run, timesteps: list[int]) -> tuple[Tensor, Tensor, dict]
     x, ids = run.data.next()  # Alg. 1 line 1
     cond = draw_cond(run, ids)
     grid = to_device(torch.tensor(timesteps), x.device)
-    t = grid[torch.randint(len(grid), (len(x),), generator=run.noise, device=x.device)]
-    return forward_diffuse(run.schedule, x, t, run.noise)[0], t, cond
+    t = grid[torch.randint(len(grid), (len(x),), generator=run.rng, device=x.device)]
+    return forward_diffuse(run.schedule, x, t, run.rng)[0], t, cond
 
 
 # DDIL: the next two functions
 def sample_rollout_timesteps(run: Run, grid: list[int]) -> list[int]:
     """A rollout's timesteps up to the point that becomes z_t: n steps, n from {3, 4, 5}, stopped at one of them [D12]."""
     choices = run.args.rollout_steps
-    n = choices[torch.randint(len(choices), (), generator=run.shared)]
-    j = torch.randint(0 if run.args.store_start else 1, n, (), generator=run.shared)  # alike on all ranks [D14]
+    n = choices[torch.randint(len(choices), (), generator=run.shared_rng)]
+    j = torch.randint(0 if run.args.store_start else 1, n, (), generator=run.shared_rng)  # alike on all ranks [D14]
     return sampler_timesteps(n, grid)[: j + 1]
 
 
@@ -141,7 +141,7 @@ def rollout_batch(
         path = grid[: grid.index(timesteps[-1]) + 1]
         z_t = teacher_rollout(run.schedule, teacher, z, path, cond, run.support)[-1]  # Alg. 1 line 4
     else:
-        z_t = consistency_rollout(run.schedule, student, z, timesteps, cond, run.noise)[-1]  # Alg. 1 line 5
+        z_t = consistency_rollout(run.schedule, student, z, timesteps, cond, run.rng)[-1]  # Alg. 1 line 5
     return z_t, torch.full((len(z),), timesteps[-1], device=z.device), cond
 
 
@@ -215,19 +215,20 @@ def check_run(run: Run) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def networks_of(run: Run) -> tuple[Trained, torch.nn.Module | None, Model]:
+def networks_of(run: Run) -> tuple[TrainableNetwork, torch.nn.Module | None, Model]:
     """(student under the engine, the target's network or None where it is the student itself, teacher under guidance)."""
     args, unet, has_w = run.args, run.pipe.unet, run.pipe.unet.config.time_cond_proj_dim is not None
     if args.lora_rank:  # one network, held once: with the LoRA it is the student and its target, without it the teacher
-        frozen, student = run.model(run.frozen(unet)), add_lora(unet, args.lora_rank)
+        frozen, student = run.model(run.prepare_frozen(unet)), add_lora(unet, args.lora_rank)
         teacher = without_lora(frozen, student)
     else:
         student = (copy.deepcopy(unet) if has_w else with_w_embedding(unet)).requires_grad_(True)
-        teacher = run.model(run.frozen(unet))
+        teacher = run.model(run.prepare_frozen(unet))
     ema = None
     if args.ema_decay:
-        ema = run.keep("target", run.frozen(copy.deepcopy(student).requires_grad_(False), half=False))
-    return run.trainable("student", student), ema, teacher if has_w else with_guidance(teacher, run.null)
+        ema = run.prepare_frozen(copy.deepcopy(student).requires_grad_(False), half=False)
+        run.register_for_checkpointing("target", ema)
+    return run.prepare_trainable("student", student), ema, teacher if has_w else with_guidance(teacher, run.null)
 
 
 def main(argv=None) -> None:
@@ -242,26 +243,27 @@ def main(argv=None) -> None:
 
     schedule = run.schedule
     student, ema, guided = networks_of(run)
-    model, rolling = run.model(student.network), run.model(student.plain)
-    teacher = run.noting(guided, "moved_by_reflect")
-    target = run.noting(rolling if ema is None else run.model(ema), "moved_in_target")
+    model, rolling = run.model(student.network), run.model(student.unwrapped)
+    teacher = run.with_reflect_metric(guided, "moved_by_reflect")
+    target = run.with_reflect_metric(rolling if ema is None else run.model(ema), "moved_in_target")
     few, w = sampler_timesteps(args.student_steps, grid), args.eval_guidance_scale
 
     def teacher_row(timesteps: list[int]) -> Tensor:
         path = [*timesteps, CLEAN]
-        return run.grid_row(lambda z, cond, _: student_rollout(schedule, guided, z, path, cond)[-1], w)
+        return run.preview_row(lambda z, cond, _: student_rollout(schedule, guided, z, path, cond)[-1], w)
 
     def student_row() -> Tensor:
         path = [*few, CLEAN]
-        return run.grid_row(lambda z, cond, noise: consistency_rollout(schedule, rolling, z, path, cond, noise)[-1], w)
+        sample = lambda z, cond, noise: consistency_rollout(schedule, rolling, z, path, cond, noise)[-1]
+        return run.preview_row(sample, w)
 
     rows = {f"teacher, {len(timesteps)} steps": teacher_row(timesteps) for timesteps in (grid, few)}
 
     def sample() -> None:
-        run.save_grid(rows | {f"student, {len(few)} steps": student_row()})
+        run.save_preview(rows | {f"student, {len(few)} steps": student_row()})
 
     priors = resolve_priors(args)
-    prior = SamplingPrior(run.shared, **priors)  # DDIL: [D12]
+    prior = SamplingPrior(run.shared_rng, **priors)  # DDIL: [D12]
     for update in run.updates("lcm", n, args.learning_rate, sample):
         part = part_of(update, n, len(priors["forward"]))
         source = prior.draw(part)  # DDIL: Alg. 1 line 2, one for the update, the same on all ranks
@@ -279,10 +281,10 @@ def main(argv=None) -> None:
             run.backward(losses, t, source)
         run.step(student, GRAD_CLIP)
         if ema is not None:
-            update_target(ema, student.plain, args.ema_decay)
+            update_target(ema, student.unwrapped, args.ema_decay)
         run.labels = {"part": part + 1}
 
-    final = run.whole_network(student)
+    final = run.unwrap_full_network(student)
     w = "1.0" if args.lora_rank else "{} to {}".format(*args.guidance_range)
     if run.accelerator.is_main_process:
         final = run.save_lora(final, args.teacher) if args.lora_rank else final

@@ -125,9 +125,9 @@ def data_batch(run: Run) -> tuple[Tensor, dict]:
 def forward_batch(run: Run, teacher: Model, grid: Tensor, intervals: range) -> Transitions:
     """By forward diffusion of data (Alg. 3 lines 5, 7, 8); `grid` is the teacher's, every second point the student's."""
     x, cond = data_batch(run)
-    j = torch.randint(intervals.start, intervals.stop, (len(x),), generator=run.noise, device=x.device)
+    j = torch.randint(intervals.start, intervals.stop, (len(x),), generator=run.rng, device=x.device)
     t, m, s = grid[2 * j], grid[2 * j + 1], grid[2 * j + 2]  # t on the student's grid [D5]; Alg. 3 line 7
-    z_t, _ = forward_diffuse(run.schedule, x, t, run.noise)  # Alg. 3 line 5
+    z_t, _ = forward_diffuse(run.schedule, x, t, run.rng)  # Alg. 3 line 5
     return z_t, teacher_target(run.schedule, teacher, z_t, t, m, s, cond, run.support), t, s, cond  # Alg. 3 line 8
 
 
@@ -170,7 +170,7 @@ def dagger_batch(
         dagger.credit += min(len(rows["w"]), dagger.capacity) * run.args.reuse
     dagger.credit -= batch_size
     rows = dagger.sample(batch_size, dagger.choices)
-    run.note({"buffer_age": now - rows["born"]})
+    run.add_metrics({"buffer_age": now - rows["born"]})
     t, s = grid[2 * rows["j"]], grid[2 * rows["j"] + 2]
     return rows["z_t"], rows["z_s"], t, s, run.prompts.encode(rows["ids"]) | {"w": rows["w"]}
 
@@ -185,9 +185,9 @@ def collect(run: Run, teacher: Model, student: Model, grid: list[int], student_r
     models, grids = (teacher, student), (grid, grid[::2])  # the teacher's, the student's
     more = {"query": stored, "multiple": -(-len(ids) // 2) if run.args.compile else 1}
     states, teacher_targets, moves = mixed_rollout(  # Alg. 2 lines 2-5
-        run.schedule, *models, z, *grids, cond, student_rate, run.shared, run.support, **more
+        run.schedule, *models, z, *grids, cond, student_rate, run.shared_rng, run.support, **more
     )
-    run.note({"student_moves": torch.cat(moves).float() if moves else torch.zeros(0)})
+    run.add_metrics({"student_moves": torch.cat(moves).float() if moves else torch.zeros(0)})
     n, k = len(ids), len(stored)
     return {  # trajectory by trajectory, so that a full buffer lets go of the oldest ones whole
         "z_t": torch.stack([states[j] for j in stored], dim=1).flatten(0, 1),
@@ -263,9 +263,9 @@ class Evaluation:
 
         return torch.cat([*across_ranks(run.accelerator, self.n, run.args.batch_size, ends_of)])
 
-    def grid_row(self, model: Model, steps: int) -> Tensor:
+    def preview_row(self, model: Model, steps: int) -> Tensor:
         sample = lambda z, cond, _: self.trajectory_end(model, steps, z, cond)
-        return self.run.grid_row(sample, self.run.args.eval_guidance_scale)
+        return self.run.preview_row(sample, self.run.args.eval_guidance_scale)
 
     @cached_property
     def reference(self) -> dict[str, Tensor]:
@@ -277,7 +277,7 @@ class Evaluation:
         supports = {args.teacher_steps: run.support}
         supports |= dict.fromkeys(map(int, halvings(args.teacher_steps, args.student_steps)))  # as it would sample
         ends = {str(n): self.end_points(gc, n, support) for n, support in supports.items()}
-        return ends | {f"grid_{n}": self.grid_row(gc, n) for n in supports}
+        return ends | {f"grid_{n}": self.preview_row(gc, n) for n in supports}
 
     def report(self, student: Model, teacher: Model, steps: int) -> dict[str, str]:
         """RMS distances in latent space from the same noise, prompt and w, as a row of metrics.csv and a line: to the end
@@ -361,24 +361,24 @@ def open_phase(run: Run, phase: Phase, folder: Path) -> tuple[Model, Model, torc
     """(teacher, the same noting what `reflect` moves, student's UNet) of a phase that distils what is in `folder`."""
     pipe = load_pipeline(str(folder), resolution=run.args.resolution)
     student = with_w_embedding(pipe.unet) if phase.name == "gc" else copy.deepcopy(pipe.unet)  # Alg. 3 line 2
-    network = run.model(run.frozen(pipe.unet), pipe.scheduler.config.prediction_type)
+    network = run.model(run.prepare_frozen(pipe.unet), pipe.scheduler.config.prediction_type)
     guided = network if phase.name.isdigit() else with_guidance(network, run.null)
-    return guided, run.noting(guided, "moved_by_reflect"), student.requires_grad_(True)
+    return guided, run.with_reflect_metric(guided, "moved_by_reflect"), student.requires_grad_(True)
 
 
 def convert(run: Run, phase: Phase, evaluation: Evaluation, folder: Path, out: Path) -> None:
     """A phase before the halvings: eps -> v ("v") or guidance conditioning ("gc"), from the pipeline in `folder`."""
     guided, teacher, unet = open_phase(run, phase, folder)
-    student = run.trainable("student", unet)
-    model, rolling = run.model(student.network, "v_prediction"), run.model(student.plain, "v_prediction")
+    student = run.prepare_trainable("student", unet)
+    model, rolling = run.model(student.network, "v_prediction"), run.model(student.unwrapped, "v_prediction")
     args, steps = run.args, run.args.teacher_steps
     sampled = with_guidance(rolling, run.null) if phase.name == "v" else rolling
-    rows = {f"teacher, {steps} steps": evaluation.grid_row(guided, steps)}
+    rows = {f"teacher, {steps} steps": evaluation.preview_row(guided, steps)}
 
     def sample() -> None:
-        run.save_grid(rows | {f"student, {steps} steps": evaluation.grid_row(sampled, steps)}, f"-{phase.name}")
+        run.save_preview(rows | {f"student, {steps} steps": evaluation.preview_row(sampled, steps)}, f"-{phase.name}")
 
-    prior = SamplingPrior(run.shared, forward=phase.p_forward)
+    prior = SamplingPrior(run.shared_rng, forward=phase.p_forward)
     for part, n in enumerate(phase.updates):
         student.renew_optimizer()
         run.labels = {"phase": phase.name, "part": part + 1, "buffer_size": 0}
@@ -387,12 +387,12 @@ def convert(run: Run, phase: Phase, evaluation: Evaluation, folder: Path, out: P
             for _ in run.minibatches(student):
                 x, cond = data_batch(run)
                 if phase.name == "v":
-                    losses, t = v_step(run.schedule, model, x, cond, run.null, run.noise)
+                    losses, t = v_step(run.schedule, model, x, cond, run.null, run.rng)
                 else:
-                    losses, t = guidance_step(run.schedule, model, teacher, x, cond, run.support, run.noise)
+                    losses, t = guidance_step(run.schedule, model, teacher, x, cond, run.support, run.rng)
                 run.backward(losses, t, source)
             run.step(student, GRAD_CLIP)
-    final = run.whole_network(student)
+    final = run.unwrap_full_network(student)
     run.finish(lambda: save(run, final, steps, out))
 
 
@@ -400,15 +400,16 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
     """Alg. 3 lines 2-12: the pipeline in `folder` is distilled into one of half the steps in `out`."""
     args, steps = run.args, int(phase.name)
     guided, teacher, unet = open_phase(run, phase, folder)  # Alg. 3 line 2
-    student = run.trainable("student", unet)
-    model, rolling = run.model(student.network, "v_prediction"), run.model(student.plain, "v_prediction")
+    student = run.prepare_trainable("student", unet)
+    model, rolling = run.model(student.network, "v_prediction"), run.model(student.unwrapped, "v_prediction")
     grid = torch.tensor([*timestep_grid(2 * steps), CLEAN], device=run.device)  # the teacher's
 
     def sample() -> None:
         rows = {f"gc, {n} steps": evaluation.reference[f"grid_{n}"] for n in (args.teacher_steps, steps)}
-        run.save_grid(rows | {f"student, {steps} steps": evaluation.grid_row(rolling, steps)}, f"-{phase.name}")
+        run.save_preview(rows | {f"student, {steps} steps": evaluation.preview_row(rolling, steps)}, f"-{phase.name}")
 
-    prior = SamplingPrior(run.shared, forward=phase.p_forward, dagger=[1 - p for p in phase.p_forward])  # DDIL: App. A
+    p_dagger = [1 - p for p in phase.p_forward]  # DDIL: App. A
+    prior = SamplingPrior(run.shared_rng, forward=phase.p_forward, dagger=p_dagger)
     for part, n in enumerate(phase.updates):  # App. A: two parts
         student.renew_optimizer()  # [D7]
         for _ in run.updates(f"{phase.name} part {part + 1}", n, args.learning_rate[-1], sample):  # Alg. 3 line 3
@@ -425,7 +426,7 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
             run.step(student, GRAD_CLIP)  # Alg. 3 line 11
             run.labels = {"phase": phase.name, "part": part + 1, "buffer_size": len(dagger)}
     errors = evaluation.report(rolling, guided, steps)
-    final = run.whole_network(student)
+    final = run.unwrap_full_network(student)
     dagger.clear()  # its grid and models change with the stage [D16]
     run.finish(lambda: save(run, final, steps, out, errors))  # Alg. 3 line 12: the next teacher
 
@@ -447,7 +448,8 @@ def main(argv=None) -> None:
     run.open(__file__, labels + errors, columns, plan={f"phase {phase.name}": phase for phase in phases})
     names = [phase.name for phase in phases]
     folders = [Path(args.teacher), *[run.out / "stages" / name for name in names]]  # phase i distils folders[i]
-    dagger = run.keep("buffer", DAgger(args.buffer_size, run.device, derive_seed(args.seed, "dagger", run.rank)))
+    dagger = DAgger(args.buffer_size, run.device, derive_seed(args.seed, "dagger", run.rank))
+    run.register_for_checkpointing("buffer", dagger)
     evaluation = Evaluation(run, gc=folders[names.index("gc") + 1 if "gc" in names else 0])
     for i, phase in run.unfinished(phases):  # Alg. 3 line 1
         if phase.name.isdigit():

@@ -106,7 +106,7 @@ def measure(script, size: str, sources: list[str], flags: str) -> list[dict]:
         if size == "mid":
             base += ["--data", few_images(folder / "data"), "--global_batch_size", 4]
         draw = patch.object(common.SamplingPrior, "draw", lambda prior, part: found[-1]["source"])
-        no_pictures = patch.multiple(common.Run, draw=lambda *args: None, grid_row=lambda *args: None)
+        no_pictures = patch.multiple(common.Run, draw=lambda *args: None, preview_row=lambda *args: None)
         no_evaluation = patch.multiple(pd_ddil.Evaluation, reference=lambda *args: None, report=lambda *args: None)
         quiet = redirect_stdout(sys.stderr)
         with quiet, draw, no_pictures, no_evaluation, patch.object(dmd2_ddil, "sample_rollout_length", transitions):
@@ -191,21 +191,21 @@ class CountedRun(common.Run):
     def __init__(self, args, unet, xl: bool):
         scheduler = SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"))
         self.args, self.pipe, self.predicts = args, SimpleNamespace(unet=unet, scheduler=scheduler), "epsilon"
-        self.device, self.trained, self.models, self.kept = torch.device("cpu"), {}, set(), {}
+        self.device, self.trained, self.models, self.checkpointed = torch.device("cpu"), {}, set(), {}
         autocast = partial(torch.autocast, "cpu", torch.bfloat16)
         self.accelerator = SimpleNamespace(autocast=autocast, is_fsdp2=False, mixed_precision="bf16")
         self.schedule = common.NoiseSchedule.from_alphas_cumprod(torch.linspace(0.999, 0.005, 1000))
-        self.noise, n, width = torch.Generator(), args.batch_size, unet.config.cross_attention_dim
+        self.rng, n, width = torch.Generator(), args.batch_size, unet.config.cross_attention_dim
         size = unet.config.sample_size
         self.x, self.cond = torch.randn(n, 4, size, size), {"prompt": torch.randn(n, 77, width), "w": torch.ones(n)}
         pooled = {"text_embeds": torch.randn(n, 1280), "time_ids": torch.randn(n, 6)}
         self.cond |= pooled if xl else {}
         self.null = {name: value[:1] for name, value in self.cond.items() if name in ("prompt", "text_embeds")}
 
-    def trainable(self, name, network):
+    def prepare_trainable(self, name, network):
         network.train().enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad])
-        self.trained[name] = common.Trained(network, network, optimizer)
+        self.trained[name] = common.TrainableNetwork(network, network, optimizer)
         return self.trained[name]
 
     def minimise(self, trained, losses) -> None:
@@ -225,7 +225,10 @@ def convert(module, function, recurse=True):
 
 
 def pd_update(run):
-    teacher, student = run.model(run.frozen(copy.deepcopy(run.pipe.unet))), run.trainable("student", run.pipe.unet)
+    teacher, student = (
+        run.model(run.prepare_frozen(copy.deepcopy(run.pipe.unet))),
+        run.prepare_trainable("student", run.pipe.unet),
+    )
     model, t = run.model(student.network), torch.full((len(run.x),), 999)
 
     def update():
@@ -238,7 +241,7 @@ def pd_update(run):
 def lcm_update(run):
     student, ema, teacher = lcm_ddil.networks_of(run)
     model, t = run.model(student.network), torch.full((len(run.x),), 999)
-    target = run.model(ema or student.plain)
+    target = run.model(ema or student.unwrapped)
 
     def update():
         inputs = model, target, teacher, run.x, t, t - 20, run.cond, None, "huber", 0.001
@@ -253,8 +256,8 @@ def dmd2_update(run):
 
     def update():
         x_g = common.consistency_function(run.schedule, nets.model, run.x, t, run.cond)
-        run.minimise(nets.student, dmd2_ddil.student_step(run.schedule, *scores, x_g, run.cond, None, 1, run.noise)[0])
-        inputs = nets.fake, nets.judge, x_g.detach(), run.x, run.cond, 1, run.noise
+        run.minimise(nets.student, dmd2_ddil.student_step(run.schedule, *scores, x_g, run.cond, None, 1, run.rng)[0])
+        inputs = nets.fake, nets.judge, x_g.detach(), run.x, run.cond, 1, run.rng
         run.minimise(nets.critic, dmd2_ddil.critic_step(run.schedule, *inputs)[0])
 
     return update

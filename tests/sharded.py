@@ -26,7 +26,7 @@ class ShardingAccelerator(accelerate.Accelerator):
             self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
 
 
-def save_and_die(run, save=common.Run.save):
+def save_and_die(run, save=common.Run.save_checkpoint):
     save(run)
     raise SystemExit("dies here")
 
@@ -35,5 +35,5 @@ if __name__ == "__main__":
     script = importlib.import_module(sys.argv[1].removesuffix(".py"))
     accelerate.Accelerator = ShardingAccelerator
     if "DIE" in os.environ:
-        common.Run.save = save_and_die
+        common.Run.save_checkpoint = save_and_die
     script.main(sys.argv[2:])

@@ -168,7 +168,7 @@ def test_states_are_those_of_diffusers_schedulers(actors, opened):
     to the next, guided and reflected."""
     (run, nets), actors = opened, actors.split()
     x, cond = dmd2_ddil.data_batch(run, need_images=True)
-    state, noise, grids = run.noise.get_state(), torch.Generator(), (T, timestep_grid(20, "trailing"))
+    state, noise, grids = run.rng.get_state(), torch.Generator(), (T, timestep_grid(20, "trailing"))
     z_t, t = student_states(run, nets.rolling, nets.real, grids, [*actors, "forward"][0], actors, x, cond)
     noise.set_state(state)
     z = torch.randn(4, 4, 8, 8, generator=noise)
@@ -177,7 +177,7 @@ def test_states_are_those_of_diffusers_schedulers(actors, opened):
     ddim.set_timesteps(20)
     for t_i, s_i, who in zip(T, T[1:], actors):
         if who == "student":
-            eps = nets.student.plain(z, t_i, cond["prompt"]).sample
+            eps = nets.student.unwrapped(z, t_i, cond["prompt"]).sample
             z = lcm.step(eps, torch.tensor(t_i), z, generator=noise).prev_sample
         for step in range(t_i, s_i, -50) if who == "teacher" else ():
             prompts = torch.cat([run.null["prompt"].expand_as(cond["prompt"]), cond["prompt"]])
@@ -195,10 +195,10 @@ def test_gradients_reach_only_whom_they_should(opened):
     x, cond = dmd2_ddil.data_batch(run, need_images=True)
     x_g = consistency_function(run.schedule, nets.model, torch.randn_like(x), torch.full((4,), 999), cond)
     models = nets.real, nets.still_fake, nets.still_judge
-    student_step(run.schedule, *models, x_g, cond, None, 1.0, run.noise)[0].mean().backward()
+    student_step(run.schedule, *models, x_g, cond, None, 1.0, run.rng)[0].mean().backward()
     assert all(p.grad.abs().max() > 0 for p in student) and all(p.grad is None for p in critic + real)
     nets.student.optimizer.zero_grad()
-    critic_step(run.schedule, nets.fake, nets.judge, x_g.detach(), x, cond, 1.0, run.noise)[0].mean().backward()
+    critic_step(run.schedule, nets.fake, nets.judge, x_g.detach(), x, cond, 1.0, run.rng)[0].mean().backward()
     assert all(p.grad.abs().max() > 0 for p in critic) and all(p.grad is None for p in student + real)
 
 
@@ -222,8 +222,8 @@ def test_loras_on_two_bases(fake, half, tmp_path, folder_of, data_folder, monkey
         with_guidance(plain, run.null)(x, t, cond),
         (run.schedule, nets.fake, nets.judge, x, x, cond, 1.0),
     )
-    assert (nets.critic.plain.unet is run.pipe.unet) == (not fake)
-    trained = dict(nets.critic.plain.named_parameters())
+    assert (nets.critic.unwrapped.unet is run.pipe.unet) == (not fake)
+    trained = dict(nets.critic.unwrapped.named_parameters())
     own = {name: p for name, p in trained.items() if p.requires_grad}
     assert {"lora" if "lora" in name else name.partition(".")[0] for name in own} == {"lora", "head"}
     assert {p.dtype for p in own.values()} == {torch.float32} and trained["unet.conv_in.weight"].dtype == dtype
@@ -231,10 +231,10 @@ def test_loras_on_two_bases(fake, half, tmp_path, folder_of, data_folder, monkey
         [p.add_(0.1) for p in own.values()]
     assert max_error(nets.real(x, t, cond), expected) < (2e-2 if half else 1e-5)
     gradients = []
-    for prepare in (lambda: None, nets.critic.plain.enable_gradient_checkpointing):
+    for prepare in (lambda: None, nets.critic.unwrapped.enable_gradient_checkpointing):
         prepare()
-        run.noise.manual_seed(1)
-        critic_step(*inputs, run.noise)[0].mean().backward()
+        run.rng.manual_seed(1)
+        critic_step(*inputs, run.rng)[0].mean().backward()
         gradients.append([p.grad.clone() for p in own.values()])
         nets.critic.optimizer.zero_grad()
     for a, b in zip(*gradients):
@@ -371,7 +371,7 @@ def test_stock_diffusers_samples_the_same(case, folder_of, tmp_path, data_folder
     """As the last sample grid, from the same noise: the exact timesteps, re-noising, no guidance; w for a student that
     takes it. Student and critic are what they started from, and trained."""
     (teacher, student, fake, steps, *lora), grids = case.split(), []
-    monkeypatch.setattr(Run, "save_grid", lambda run, rows: grids.append(rows))
+    monkeypatch.setattr(Run, "save_preview", lambda run, rows: grids.append(rows))
     flags = f"--student_init {folder_of(student)} --fake_init {folder_of(fake)} --student_steps {steps} --updates 2"
     flags += " --lora_rank 2 --learning_rate 0.02" * bool(lora)
     dmd2_here(tmp_path, folder_of(teacher), data_folder, flags)

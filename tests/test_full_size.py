@@ -79,14 +79,14 @@ def test_architecture(script, architecture, prediction_type, tmp_path, data_fold
     """Through three updates, a death after the first checkpoint, a resume and an evaluation."""
     teacher = teacher_of(tmp_path, architecture, prediction_type)
     run_here(*flags(script, teacher, data_folder, tmp_path / "whole"), script=f"{script}.py")
-    save = common.Run.save
+    save = common.Run.save_checkpoint
 
     def save_and_die(run):
         save(run)
         raise ConnectionAbortedError
 
     with monkeypatch.context() as patched, pytest.raises(ConnectionAbortedError):
-        patched.setattr("common.Run.save", save_and_die)
+        patched.setattr("common.Run.save_checkpoint", save_and_die)
         run_here(*flags(script, teacher, data_folder, tmp_path / "run"), script=f"{script}.py")
     assert not (tmp_path / "run" / "pipeline").exists()
     run_here("--resume", "--output_dir", tmp_path / "run", script=f"{script}.py")
@@ -150,7 +150,7 @@ from common import Run
 run, network = Run.__new__(Run), torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
 run.accelerator, run.args, run.trained = ShardingAccelerator(cpu=True), SimpleNamespace(), {}
 run.device, run.args.gradient_checkpointing, run.args.compile = torch.device("cpu"), False, False
-trained = run.trainable("student", network)
+trained = run.prepare_trainable("student", network)
 groups = trained.optimizer.param_groups
 assert [id(p) for p in groups[0]["params"]] == [id(p) for p in trained.network.parameters()]
 assert [p.to_local().numel() for p in trained.network.parameters()] == [16, 2, 0, 0]

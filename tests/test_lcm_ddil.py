@@ -107,11 +107,11 @@ def test_states_are_those_of_diffusers_schedulers(source, tmp_path, teacher_fold
     three to five steps of the student's, but at the start only if asked for [D12]."""
     run = open_run(lcm_ddil, f"{paths(tmp_path, teacher_folder, data_folder)} {FLAGS} --reflect 0.5")
     (trained, _, teacher), stops = networks_of(run), noting(monkeypatch, lcm_ddil, "sample_rollout_timesteps")
-    student, noise, lcm = run.model(trained.plain), torch.Generator(), lcm_scheduler(run.pipe, 50)
+    student, noise, lcm = run.model(trained.unwrapped), torch.Generator(), lcm_scheduler(run.pipe, 50)
     ddim = DDIMScheduler(**betas_of(run.pipe), clip_sample_range=0.5)
     ddim.set_timesteps(50)
     for _ in range(3):
-        noise.set_state(run.noise.get_state())
+        noise.set_state(run.rng.get_state())
         z_t, t, cond = rollout_batch(run, source, GRID, student, teacher)
         w, _ = 2 + 3 * torch.rand(4, generator=noise), torch.rand(4, generator=noise)  # the other: prompts to drop
         z, stop = torch.randn(4, 4, 8, 8, generator=noise), stops[-1][1]
@@ -147,7 +147,7 @@ def test_networks_at_the_start(flags, tmp_path, teacher_folder, data_folder):
     run = open_run(lcm_ddil, f"{paths(tmp_path, teacher_folder, data_folder)} {FLAGS} {flags}")
     trained, ema, teacher = networks_of(run)
     assert (ema is None) == (flags != "") and not (ema and any(p.requires_grad for p in ema.parameters()))
-    student, target = run.model(trained.network), run.model(ema or trained.plain)
+    student, target = run.model(trained.network), run.model(ema or trained.unwrapped)
     plain = UNetModel(load_pipeline(str(teacher_folder)).unet, run.schedule, "epsilon", torch.no_grad)
     (x, ids), t = run.data.next(), torch.full((4,), 499)
     cond = draw_cond(run, ids)
@@ -156,7 +156,7 @@ def test_networks_at_the_start(flags, tmp_path, teacher_folder, data_folder):
     assert max(max_error(model(x, t, cond), expected) for model in (student, target)) < 1e-6
     inputs = student, target, teacher, x, t, t - 20, cond, None, "huber", 0.001
     consistency_step(run.schedule, *inputs).mean().backward()
-    own, everything = ([p for p in net.parameters() if p.requires_grad] for net in (trained.plain, run.pipe.unet))
+    own, everything = ([p for p in net.parameters() if p.requires_grad] for net in (trained.unwrapped, run.pipe.unet))
     assert all(p.grad is not None for p in own) and len(everything) == len(own) * (flags == LORA)
     with torch.no_grad():
         [p.add_(0.1) for p in own]
@@ -207,7 +207,7 @@ def test_metrics(tmp_path, teacher_folder, data_folder):
     lcm_here(tmp_path / "run", teacher_folder, data_folder, flags)
     run = open_run(lcm_ddil, f"{paths(tmp_path / 'replay', teacher_folder, data_folder)} {flags}")
     priors, before, seen = resolve_priors(run.args), 0, set()
-    prior = SamplingPrior(run.shared, **priors)
+    prior = SamplingPrior(run.shared_rng, **priors)
     for update, row in enumerate(read_metrics(tmp_path / "run")):
         source, forwards = prior.draw(part_of(update, 12, 2)), int(row["unet_forwards"])
         assert [name for name in priors if row[f"loss_{name}"]] == [source] and row[f"loss_{source}"] == row["loss"]
@@ -221,7 +221,7 @@ def test_metrics(tmp_path, teacher_folder, data_folder):
 @pytest.mark.parametrize("teacher, steps", [("teacher", 1), ("teacher", 4), ("xl", 2), ("gc", 4)])
 def test_stock_diffusers_samples_the_same(teacher, steps, request, data_folder, tmp_path, monkeypatch):
     """As the last sample grid: w embedding, timesteps, re-noising; also from a teacher that takes w, with its own guidance."""
-    grids, flags = noting(monkeypatch, Run, "save_grid"), f"--updates 2 --student_steps {steps} --p_forward 0 1"
+    grids, flags = noting(monkeypatch, Run, "save_preview"), f"--updates 2 --student_steps {steps} --p_forward 0 1"
     lcm_here(tmp_path / "run", request.getfixturevalue(f"{teacher}_folder"), data_folder, flags)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     (stock, other), rows = (stock_latents(pipe, steps, w) for w in (4.0, 7.0)), grids[-1][0][1]
@@ -233,7 +233,7 @@ def test_stock_diffusers_samples_the_same(teacher, steps, request, data_folder, 
 @pytest.mark.parametrize("kind", ["teacher", "xl"])
 def test_lora_in_stock_diffusers(kind, request, data_folder, tmp_path, monkeypatch):
     """Loaded into its teacher, and fused in what was saved: as the last sample grid. It resumes, and with checkpointing."""
-    teacher, grids = request.getfixturevalue(f"{kind}_folder"), noting(monkeypatch, Run, "save_grid")
+    teacher, grids = request.getfixturevalue(f"{kind}_folder"), noting(monkeypatch, Run, "save_preview")
     flags, stops, folder = f"{LORA} --updates 3 --teacher_steps 20", iter([True, False, False]), tmp_path / "whole"
     lcm_here(folder, teacher, data_folder, flags)
     ours, pipe = grids[-1][0][1]["student, 4 steps"][:4], DiffusionPipeline.from_pretrained(teacher)
