@@ -1926,6 +1926,10 @@ class Run:
         self.models.add(model)
         return model
 
+    def models_of(self, trained: TrainableNetwork, predicts: str | None = None) -> list[UNetModel]:
+        """[the network as it is trained, the same without the engine's wrapper, for rollouts and pictures]"""
+        return [self.model(network, predicts) for network in (trained.network, trained.unwrapped)]
+
     def with_reflect_metric(self, model: Model, column: str) -> Model:
         """The model, and in the metrics the share of its x estimate that `reflect` moves."""
 
@@ -2195,9 +2199,7 @@ class Run:
     def rank_state(self) -> dict:
         """This rank's own part: generators, place in the data, metrics, support, fp16's scaler, what is kept."""
         scaler = self.accelerator.scaler
-        states = {
-            n: thing.state_dict() for n, thing in self.checkpointed.items() if not isinstance(thing, torch.nn.Module)
-        }
+        own = {n: kept.state_dict() for n, kept in self.checkpointed.items() if not isinstance(kept, torch.nn.Module)}
         return {
             "noise": self.rng.get_state(),
             "shared": self.shared_rng.get_state(),
@@ -2205,7 +2207,7 @@ class Run:
             "metrics": self.metrics.totals,
             "support": self.support,
             "scaler": scaler.state_dict() if scaler else {},
-            "kept": states,
+            "kept": own,
         }
 
     def first_update_of(self, loop: str) -> int:

@@ -76,7 +76,7 @@ ENCODER = 0.4  # of a UNet's forward: what the GAN's features cost (SD1.5 .33, S
 # The algorithm. z_t, x_g [B, C, h, w] fp32, t [B] int64; losses come back per sample, [B]
 # ----------------------------------------------------------------------------------------------------------------------
 
-Judge = Callable[[Tensor, Tensor, dict], Tensor]  # judge(z_t, t, cond) -> logits [B], high for real images
+Discriminator = Callable[[Tensor, Tensor, dict], Tensor]  # (z_t, t, cond) -> logits [B], high for real images
 
 
 def reflect_value(x_hat: Tensor, support: Support) -> Tensor:  # DDIL: the student's estimate is reflected too
@@ -88,7 +88,7 @@ def reflect_value(x_hat: Tensor, support: Support) -> Tensor:  # DDIL: the stude
 def matching_gradient(
     schedule: NoiseSchedule, real: Model, fake: Model, x_g: Tensor, tau: Tensor, cond: dict, support: Support, generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """DMD2's gradient at x_g, (x_fake - x_real) / mean |x_g - x_real|, and both estimates before they are reflected."""
+    """DMD2's gradient at x_g, (x_fake - x_real) / mean |x_g - x_real|, and both scores' estimates before reflection."""
     z_tau, _ = forward_diffuse(schedule, x_g, tau, generator)
     estimates = [x_from_v(schedule, z_tau, score(z_tau, tau, cond), tau) for score in (real, fake)]
     x_real, x_fake = (reflect(x_hat, support) for x_hat in estimates)  # DDIL: reflected, after guidance
@@ -96,28 +96,30 @@ def matching_gradient(
     return (x_fake - x_real) / scale.clamp(min=1e-3), *estimates  # finite even where the generator is perfect
 
 
-def gan_gradient(schedule: NoiseSchedule, judge: Judge, x_g: Tensor, cond: dict, generator) -> tuple[Tensor, Tensor]:
-    """(gradient at x_g, losses [B]) of softplus(-judge), on x_g noised to any level. Leaves the critic's gradients alone."""
+def gan_gradient(
+    schedule: NoiseSchedule, discriminator: Discriminator, x_g: Tensor, cond: dict, generator
+) -> tuple[Tensor, Tensor]:
+    """(gradient at x_g, losses [B]) of softplus(-discriminator), on x_g noised to any level. Leaves the critic's gradients alone."""
     x_g = x_g.detach().requires_grad_(True)
     t = uniform_timesteps(schedule, len(x_g), generator)
-    losses = F.softplus(-judge(forward_diffuse(schedule, x_g, t, generator)[0], t, cond))
+    losses = F.softplus(-discriminator(forward_diffuse(schedule, x_g, t, generator)[0], t, cond))
     return torch.autograd.grad(losses.sum(), x_g)[0], losses.detach()
 
 
 def student_step(
     schedule: NoiseSchedule,
-    real: Model,
-    fake: Model,
-    judge: Judge | None,
+    real_score: Model,
+    fake_score: Model,
+    discriminator: Discriminator | None,
     x_g: Tensor,
     cond: dict,
     support: Support,
     gan_weight: float,
     generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The student's losses on what it generated, x_g with its graph: distribution matching, and GAN where there is a judge."""
+    """The student's losses on what it generated, x_g with its graph: distribution matching, and GAN where there is a discriminator."""
     tau = torch.randint(NOISE_RANGE[0], NOISE_RANGE[1] + 1, (len(x_g),), generator=generator, device=x_g.device)
-    g, x_real, x_fake = matching_gradient(schedule, real, fake, x_g, tau, cond, support, generator)
+    g, x_real, x_fake = matching_gradient(schedule, real_score, fake_score, x_g, tau, cond, support, generator)
     losses = 0.5 * (x_g - (x_g - g).detach()).pow(2).mean(dim=(1, 2, 3))  # its gradient at x_g is g over C h w
     notes = {
         "loss_matching": losses.detach(),
@@ -125,8 +127,8 @@ def student_step(
         "moved_real": clipped_fraction(x_real, support),
         "moved_fake": clipped_fraction(x_fake, support),
     }
-    if judge is not None:
-        g, gan_losses = gan_gradient(schedule, judge, x_g, cond, generator)
+    if discriminator is not None:
+        g, gan_losses = gan_gradient(schedule, discriminator, x_g, cond, generator)
         losses = losses + gan_weight * (x_g * g).sum(dim=(1, 2, 3))  # linear in x_g: has the GAN's gradient there
         notes |= {"loss_gan": gan_losses, "gan_norm": gan_weight * g.flatten(1).norm(dim=1)}
     return losses, notes
@@ -134,23 +136,24 @@ def student_step(
 
 def critic_step(
     schedule: NoiseSchedule,
-    fake: Model,
-    judge: Judge | None,
+    fake_score: Model,
+    discriminator: Discriminator | None,
     x_g: Tensor,
     x: Tensor | None,
     cond: dict,
     gan_weight: float,
     generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The critic's losses on x_g and, with a judge, on real latents x: eps-MSE of the fake score; real against generated."""
+    """The critic's losses: eps-MSE of the fake score on x_g and, with a discriminator, real latents x against x_g."""
     t = uniform_timesteps(schedule, len(x_g), generator)
     z_t, eps = forward_diffuse(schedule, x_g, t, generator)
-    losses = (eps_from_v(schedule, z_t, fake(z_t, t, cond), t) - eps).pow(2).mean(dim=(1, 2, 3))
+    losses = (eps_from_v(schedule, z_t, fake_score(z_t, t, cond), t) - eps).pow(2).mean(dim=(1, 2, 3))
     notes = {"loss_fake": losses.detach()}
-    if judge is not None:
+    if discriminator is not None:
         t = uniform_timesteps(schedule, 2 * len(x_g), generator)
         z_t, _ = forward_diffuse(schedule, torch.cat([x_g, x]), t, generator)
-        generated, real = judge(z_t, t, {name: torch.cat([value, value]) for name, value in cond.items()}).chunk(2)
+        cond = {name: torch.cat([value, value]) for name, value in cond.items()}
+        generated, real = discriminator(z_t, t, cond).chunk(2)  # logits
         gan_losses = F.softplus(generated) + F.softplus(-real)
         losses = losses + gan_weight * gan_losses
         notes |= {"loss_judge": gan_losses.detach(), "logit_generated": generated.detach(), "logit_real": real.detach()}
@@ -230,7 +233,7 @@ class GANHead(torch.nn.Sequential):
 class Critic(torch.nn.Module):
     """The fake score's UNet and the GAN's head on its mid block, in one module, so that one engine keeps both in step.
 
-    critic(...) is the UNet's output; critic(..., judged=True) the head's logits, for which the decoder is not run."""
+    critic(...) is the UNet's output; critic(..., return_logits=True) the head's logits, for which the decoder is not run."""
 
     def __init__(self, unet, head: GANHead | None):
         super().__init__()
@@ -239,8 +242,10 @@ class Critic(torch.nn.Module):
     def enable_gradient_checkpointing(self):
         self.unet.enable_gradient_checkpointing()
 
-    def forward(self, *inputs, judged: bool = False, **more):
-        return (self.head(mid_block_features(self.unet, *inputs, **more)),) if judged else self.unet(*inputs, **more)
+    def forward(self, *inputs, return_logits: bool = False, **more):
+        if return_logits:
+            return (self.head(mid_block_features(self.unet, *inputs, **more)),)
+        return self.unet(*inputs, **more)
 
 
 def mid_block_features(unet, *inputs, **more) -> Tensor:
@@ -269,14 +274,14 @@ def make_head(unet, latent: Sequence[int]) -> GANHead:
     return GANHead(widths[-1], height, width)
 
 
-def judge_of(network: UNetModel) -> Judge:
-    """The critic's network as judge(z_t, t, cond) -> logits [B]."""
+def make_discriminator(network: UNetModel) -> Discriminator:
+    """The critic's network as discriminator(z_t, t, cond) -> logits [B]."""
 
-    def judge(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+    def discriminator(z_t: Tensor, t: Tensor, cond: dict) -> Tensor:
         network.forwards += ENCODER * len(z_t)
-        return network.run(z_t, t, cond, judged=True).flatten()
+        return network.run(z_t, t, cond, return_logits=True).flatten()
 
-    return judge
+    return discriminator
 
 
 def check_fit(teacher, pipe, flag: str, name: str) -> None:
@@ -364,13 +369,13 @@ class Networks(NamedTuple):
 
     student: TrainableNetwork
     critic: TrainableNetwork
-    model: Model  # the student as prepared for training
-    rolling: Model  # the same weights without the wrapper of distributed training, for rollouts
-    real: Model  # the frozen teacher under guidance
-    fake: Model  # the fake score and the judge as prepared for training
-    judge: Judge | None
-    still_fake: Model  # the same weights without the wrapper, where the critic is asked and not trained
-    still_judge: Judge | None
+    train_student: Model  # as prepared for training
+    rollout_student: Model  # the same weights without the wrapper of distributed training, for rollouts
+    real_score: Model  # the frozen teacher under guidance
+    fake_score: Model  # as prepared for training
+    unwrapped_fake_score: Model  # the same weights without the wrapper, where the critic is asked and not trained
+    discriminator: Discriminator | None  # as prepared for training
+    unwrapped_discriminator: Discriminator | None
 
 
 def networks_of(run: Run, pipes: dict) -> Networks:
@@ -394,13 +399,12 @@ def networks_of(run: Run, pipes: dict) -> Networks:
         for unet in (student_unet, fake_unet):
             add_lora(run.prepare_frozen(unet), rank) if rank else unet.requires_grad_(True)
     teacher = without_lora(network, fake_unet) if rank and shared else network
-    real = teacher if network.config.time_cond_proj_dim is not None else with_guidance(teacher, run.null)
+    real_score = teacher if network.config.time_cond_proj_dim is not None else with_guidance(teacher, run.null)
     student = run.prepare_trainable("student", student_unet)
     critic = run.prepare_trainable("critic", Critic(fake_unet, head))
-    model, rolling = (run.model(net, predicts["student"]) for net in (student.network, student.unwrapped))
-    fake, still_fake = (run.model(net, predicts["fake"]) for net in (critic.network, critic.unwrapped))
-    judge, still_judge = (judge_of(fake), judge_of(still_fake)) if run.args.gan_weight else (None, None)
-    return Networks(student, critic, model, rolling, real, fake, judge, still_fake, still_judge)
+    scores = run.models_of(critic, predicts["fake"])
+    discriminators = [make_discriminator(score) if run.args.gan_weight else None for score in scores]
+    return Networks(student, critic, *run.models_of(student, predicts["student"]), real_score, *scores, *discriminators)
 
 
 def make_preview(run: Run, nets: Networks, grids: list[list[int]]) -> Callable[[], None]:
@@ -410,14 +414,15 @@ def make_preview(run: Run, nets: Networks, grids: list[list[int]]) -> Callable[[
 
     def teacher_row(grid: list[int]) -> Tensor:
         path = [*grid, CLEAN]
-        return run.preview_row(lambda z, cond, _: student_rollout(run.schedule, nets.real, z, path, cond)[-1], w)
+        return run.preview_row(lambda z, cond, _: student_rollout(run.schedule, nets.real_score, z, path, cond)[-1], w)
 
     @torch.no_grad()
     def student(z: Tensor, cond: dict, noise: torch.Generator) -> Tensor:
         """[n, 3, C, h, w]: x_g of the last step, x_real, x_fake."""
-        x_g = consistency_rollout(run.schedule, nets.rolling, z, [*timesteps, CLEAN], cond, noise)[-1]
+        x_g = consistency_rollout(run.schedule, nets.rollout_student, z, [*timesteps, CLEAN], cond, noise)[-1]
         tau = torch.full((len(z),), 500, device=z.device)
-        _, x_real, x_fake = matching_gradient(run.schedule, nets.real, nets.still_fake, x_g, tau, cond, None, noise)
+        scores = nets.real_score, nets.unwrapped_fake_score
+        _, x_real, x_fake = matching_gradient(run.schedule, *scores, x_g, tau, cond, None, noise)
         return torch.stack([x_g, x_real, x_fake], dim=1)
 
     rows = {f"teacher, {len(grid)} steps": teacher_row(grid) for grid in reversed(grids)}
@@ -462,7 +467,8 @@ def main(argv=None) -> None:
     run.open(__file__, labels, columns_of(timesteps), plan, networks, need_images)
     nets = networks_of(run, pipes)
     schedule, noise = run.schedule, run.rng
-    scores = nets.real, nets.still_fake, nets.still_judge
+    models = nets.rollout_student, nets.real_score  # of trajectories: student and teacher
+    scores = nets.real_score, nets.unwrapped_fake_score, nets.unwrapped_discriminator
     gan_cost = ENCODER if args.gan_weight else 0
     prior = SamplingPrior(run.shared_rng, **priors)  # DDIL: [D19], [D20]
     for update in run.updates("dmd2", n, args.learning_rate, make_preview(run, nets, grids), args.lr_decay):
@@ -475,9 +481,10 @@ def main(argv=None) -> None:
             origin = actors[-1] if actors else "noise"  # whose states these are, for the metrics
             for _ in run.minibatches(nets.student if trains_student else None):
                 x, cond = data_batch(run, need_images=source == "forward" or args.gan_weight > 0)
-                z_t, t = student_states(run, nets.rolling, nets.real, grids, source, actors, x, cond)  # lines 3-5
+                z_t, t = student_states(run, *models, grids, source, actors, x, cond)  # Alg. 1 lines 3-5
                 with torch.set_grad_enabled(trains_student):
-                    x_hat = consistency_function(schedule, nets.model if trains_student else nets.rolling, z_t, t, cond)
+                    student = nets.train_student if trains_student else nets.rollout_student
+                    x_hat = consistency_function(schedule, student, z_t, t, cond)
                     x_g = reflect_value(x_hat, run.support)
                 if trains_student:  # Alg. 1 line 6
                     losses, notes = student_step(schedule, *scores, x_g, cond, run.support, args.gan_weight, noise)
@@ -489,7 +496,7 @@ def main(argv=None) -> None:
             if trains_student:
                 run.step(nets.student, GRAD_CLIP, "grad_norm_student")
             for _, (x_g, x, cond) in zip(run.minibatches(nets.critic), made):
-                inputs = nets.fake, nets.judge, x_g, x, cond, args.critic_gan_weight, noise
+                inputs = nets.fake_score, nets.discriminator, x_g, x, cond, args.critic_gan_weight, noise
                 losses, notes = critic_step(schedule, *inputs)
                 run.backward(losses, cost=2 + 4 * gan_cost, of="critic")  # the GAN: back through twice as many samples
                 run.add_metrics(notes | {f"loss_fake_{origin}": notes["loss_fake"]})

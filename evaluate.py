@@ -11,8 +11,8 @@ DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v
 
 paper                                             code
   sec. 5    one image a caption, one seed           generate
-  sec. 5    FID                                     inception, frechet_distance
-  sec. 5    CLIP score (OpenCLIP ViT-g/14)          clip, mean_cosine
+  sec. 5    FID                                     load_inception, frechet_distance
+  sec. 5    CLIP score (OpenCLIP ViT-g/14)          load_clip, mean_cosine
   sec. 5    LPIPS diversity, 10 seeds x 50 prompts  lpips_diversity
   Table 3   HPSv2                                   resize_and_pad, mean_cosine
   Table 5   teacher chosen with probability p_T     mixtures
@@ -91,7 +91,7 @@ ORDERS, SHIFTS = ["teacher-student", "student-teacher"], ["mix", "switch", "inte
 DEFAULTS = PUBLISHED_WEIGHTS | {"sampler": ["trained"], "seed": [0], "lpips_net": "vgg"}
 DEFAULTS |= {"mix_teacher": [0, 0.2, 0.4, 0.6, 0.8, 1], "switch_order": ORDERS}
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 50, 10  # sec. 5
-DIVERSITY_NOISE = 1_000_000  # index of their first noise: none that one image a caption has
+FIRST_DIVERSITY_NOISE = 1_000_000  # index of their first noise: none that one image a caption has
 PAIRED_PROMPTS = 256
 NEIGHBOURS = 5  # k of coverage
 IMAGE_THREADS = ThreadPoolExecutor(4)  # that reads and writes images
@@ -190,7 +190,7 @@ def parse_args(argv=None):
     for name in ("steps", "guidance_scale", "sampler"):
         if len(getattr(args, name)) not in (1, len(args.models)):
             raise SystemExit(f"--{name} {getattr(args, name)}: must be one value, or one for each of the models")
-    if set(args.shift) - {"gap"} and not any(METRICS[metric].images == "one each" for metric in args.metrics):
+    if set(args.shift) - {"gap"} and not any(METRICS[metric].image_set == "one each" for metric in args.metrics):
         raise SystemExit(f"--shift {' '.join(args.shift)}: needs --metrics of one image a prompt, got {args.metrics}")
     for name, needed in ("prompts", True), ("reference", {"fid", "fd", "coverage"} & set(args.metrics)):
         if needed and getattr(args, name) is None:
@@ -370,7 +370,7 @@ def reference_images(name: str) -> Images:
     return images
 
 
-Sampler = Callable[[list[str], list[int]], Tensor]  # prompts, indices of their noises -> images [B, 3, H, W] in [0, 1]
+Sampler = Callable[[list[str], list[int]], Tensor]  # prompts, noise indices -> images [B, 3, H, W] in [0, 1]
 
 
 def pipeline_sampler(pipe, candidate: Candidate, seed: int) -> Sampler:
@@ -378,8 +378,8 @@ def pipeline_sampler(pipe, candidate: Candidate, seed: int) -> Sampler:
     settings = {"num_inference_steps": candidate.steps, "guidance_scale": candidate.guidance_scale, "output_type": "pt"}
     settings["height"], settings["width"] = image_shape(pipe)
 
-    def sample(prompts: list[str], noises: list[int]) -> Tensor:
-        generators = [noise_generator(i, seed) for i in noises]  # its first draw is common.noise_of
+    def sample(prompts: list[str], noise_indices: list[int]) -> Tensor:
+        generators = [noise_generator(i, seed) for i in noise_indices]  # its first draw is common.noise_of
         return pipe(prompts, generator=generators, **settings).images
 
     return sample
@@ -417,15 +417,15 @@ def fingerprint_pipeline(pipe) -> str:
     return digest([networks, settings, tokens])
 
 
-def generate(ev, name: str, settings: dict, sample: Sampler, prompts: list[str], first_noise: int = 0) -> Images:
-    """images/NAME/: one PNG for each prompt, from noise first_noise + its place; the ranks share the work. What is there
+def generate(ev, name: str, settings: dict, sample: Sampler, prompts: list[str], first_index: int = 0) -> Images:
+    """images/NAME/: one PNG for each prompt, from noise first_index + its place; the ranks share the work. What is there
     already is kept, so that a killed evaluation goes on. SystemExit if it was made by other settings, or at a NaN."""
     folder, accelerator = ev.out / "images" / name, ev.accelerator
     files = [folder / f"{i:06d}.png" for i in range(len(prompts))]
     settings = settings | {"prompts": digest(prompts), "num_images": len(prompts)}
     settings["precision"] = accelerator.mixed_precision
     if accelerator.is_main_process:
-        rows = [{"file": f.name, "prompt": p, "noise": first_noise + i} for i, (f, p) in enumerate(zip(files, prompts))]
+        rows = [{"file": f.name, "prompt": p, "noise": first_index + i} for i, (f, p) in enumerate(zip(files, prompts))]
         create_or_resume(folder, {"settings": settings, "images": rows}, ev.args.overwrite)
     accelerator.wait_for_everyone()
     mine = range(accelerator.process_index, len(files), accelerator.num_processes)
@@ -434,11 +434,11 @@ def generate(ev, name: str, settings: dict, sample: Sampler, prompts: list[str],
     saving = []  # while the next batch is sampled
     with tqdm(total=len(todo), desc=f"images/{name}", dynamic_ncols=True, leave=False, disable=silent) as bar:
         for batch in (todo[k : k + size] for k in range(0, len(todo), size)):
-            images = sample([prompts[i] for i in batch], [first_noise + i for i in batch]).float()
+            images = sample([prompts[i] for i in batch], [first_index + i for i in batch]).float()
             list(saving)  # raises what went wrong
             for i, is_finite in zip(batch, images.isfinite().all(dim=(1, 2, 3)).tolist()):
                 if not is_finite:
-                    which = f"prompt {i} ({prompts[i]!r}, seed {settings['seed']}, noise {first_noise + i})"
+                    which = f"prompt {i} ({prompts[i]!r}, seed {settings['seed']}, noise {first_index + i})"
                     raise SystemExit(f"images/{name}: the image of {which} is not finite; what was made before is kept")
             pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # as diffusers does
             saving = IMAGE_THREADS.map(save_image, [files[i] for i in batch], pixels)
@@ -483,13 +483,13 @@ def write_json(file: Path, content) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Net:
+class FeatureExtractor:
     """A network that measures, and what its numbers depend on: name and sha256 of its weights, a resize."""
 
     name: str
-    facts: dict
-    images: Callable[[list[Image.Image]], Tensor]  # [B, ...] -> features [B, D]; LPIPS: -> [1, pairs]
-    texts: Callable[[list[str]], Tensor] | None = None  # -> features [B, D]
+    provenance: dict
+    encode_images: Callable[[list[Image.Image]], Tensor]  # [B, ...] -> features [B, D]; LPIPS: -> [1, pairs]
+    encode_texts: Callable[[list[str]], Tensor] | None = None  # -> features [B, D]
 
 
 def weights_file(flag: str, source: str) -> Path:
@@ -531,7 +531,7 @@ def stack_uint8(images: list[Image.Image], size: int | None = None) -> Tensor:
     return torch.stack(arrays)
 
 
-def inception(args, device) -> Net:
+def load_inception(args, device) -> FeatureExtractor:
     """FID's network: torch-fidelity's InceptionV3 and its own resize to 299; [B, 2048]."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -540,10 +540,10 @@ def inception(args, device) -> Net:
         torch.load(file, weights_only=True, map_location="cpu")  # torch-fidelity alone would run code in the file
         net = FeatureExtractorInceptionV3("inception", ["2048"], str(file)).to(device)
     features = lambda images: net(stack_uint8(images, args.resolution).to(device))[0]
-    return Net("Inception", describe_weights(file, resolution=args.resolution), features)
+    return FeatureExtractor("Inception", describe_weights(file, resolution=args.resolution), features)
 
 
-def clip(args, device, flag: str = "clip_weights", architecture: str = "ViT-g-14") -> Net:
+def load_clip(args, device, flag: str = "clip_weights", architecture: str = "ViT-g-14") -> FeatureExtractor:
     """An open_clip model: normalised features of images and texts."""
     import open_clip
 
@@ -571,7 +571,7 @@ def clip(args, device, flag: str = "clip_weights", architecture: str = "ViT-g-14
     facts = describe_weights(file, title)
     if path.is_dir():
         facts["config"] = digest((path / "open_clip_config.json").read_text(encoding="utf-8"))  # has the preprocessing
-    return Net(title, facts, features, texts)
+    return FeatureExtractor(title, facts, features, texts)
 
 
 def resize_and_pad(image: Image.Image, visual) -> Tensor:
@@ -587,7 +587,7 @@ def resize_and_pad(image: Image.Image, visual) -> Tensor:
     return F.normalize(x, visual.image_mean, visual.image_std)
 
 
-def lpips(args, device) -> Net:
+def load_lpips(args, device) -> FeatureExtractor:
     """LPIPS with a trunk from a file: distances of all pairs of a prompt's images."""
     from lpips import LPIPS
 
@@ -604,10 +604,10 @@ def lpips(args, device) -> Net:
         pairs = torch.combinations(torch.arange(len(x), device=device)).split(8)  # the trunk's activations are large
         return torch.cat([net(x[i], x[j], normalize=True).flatten() for i, j in (p.T for p in pairs)])[None]
 
-    return Net(args.lpips_net, describe_weights(file, args.lpips_net, args.resolution), pairwise)
+    return FeatureExtractor(args.lpips_net, describe_weights(file, args.lpips_net, args.resolution), pairwise)
 
 
-def judge(args, device) -> Net:
+def load_tiny_classifier(args, device) -> FeatureExtractor:
     """assets/tiny's own classifier: the colour, digit and background in an image, and those in a caption, [B, 3]."""
     spec = importlib.util.spec_from_file_location("make_tiny", TINY / "make.py")
     world = importlib.util.module_from_spec(spec)
@@ -622,7 +622,7 @@ def judge(args, device) -> Net:
         with exit_on_error("--metrics alignment: judges the captions of assets/tiny, and not all prompts are such"):
             return torch.tensor([world.parse_caption(prompt) for prompt in prompts], device=device)
 
-    return Net("judge", describe_weights(TINY / "judge" / "judge.safetensors"), seen, said)
+    return FeatureExtractor("judge", describe_weights(TINY / "judge" / "judge.safetensors"), seen, said)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -654,67 +654,67 @@ def mean_of(values: Tensor, **more) -> dict:
     return score(values.mean().item(), len(values), error, **more)
 
 
-def mean_cosine(ev, net: Net, images: Images) -> dict:
+def mean_cosine(ev, net: FeatureExtractor, images: Images) -> dict:
     """Of images and their prompts, as it is: not times 100, not cut at 0."""
     return mean_of((ev.features(net, images) * ev.texts(net, images)).sum(dim=1))
 
 
-def alignment(ev, net: Net, images: Images) -> dict:
+def alignment(ev, net: FeatureExtractor, images: Images) -> dict:
     """Share of images whose digit and both colours are right."""
     right = ev.features(net, images) == ev.texts(net, images)  # [n, 3]
     parts = right.double().mean(dim=0).tolist()
     return mean_of(right.all(dim=1), parts=dict(zip(("foreground", "digit", "background"), parts)))
 
 
-def frechet(ev, net: Net, images: Images) -> dict:
+def frechet(ev, net: FeatureExtractor, images: Images) -> dict:
     return score(frechet_distance(ev.features(net, images), ev.reference(net)), len(images))
 
 
-def coverage(ev, net: Net, images: Images) -> dict:
+def coverage(ev, net: FeatureExtractor, images: Images) -> dict:
     """Of at most 10,000 images a side, drawn at random."""
     drawn = lambda f: f[torch.randperm(len(f), generator=torch.Generator().manual_seed(0))[:10_000]]
     real, fake = drawn(ev.reference(net)), drawn(ev.features(net, images))
     return score(coverage_of(real, fake), len(fake), n_real=len(real))
 
 
-def lpips_diversity(ev, net: Net, images: Images) -> dict:
+def lpips_diversity(ev, net: FeatureExtractor, images: Images) -> dict:
     """Mean LPIPS of all pairs of a prompt's images, mean over prompts."""
-    of_prompt = lambda i: net.images(images.load(i * DIVERSITY_SEEDS + torch.arange(DIVERSITY_SEEDS)))
-    return mean_of(ev.over(len(images) // DIVERSITY_SEEDS, of_prompt, 1).mean(dim=1))
+    of_prompt = lambda i: net.encode_images(images.load(i * DIVERSITY_SEEDS + torch.arange(DIVERSITY_SEEDS)))
+    return mean_of(ev.across_ranks(len(images) // DIVERSITY_SEEDS, of_prompt, 1).mean(dim=1))
 
 
-def diversity(ev, net: Net, images: Images) -> dict:
+def diversity(ev, net: FeatureExtractor, images: Images) -> dict:
     """As LPIPS diversity, with 1 - cosine of image features."""
     f = ev.features(net, images).unflatten(0, (-1, DIVERSITY_SEEDS))  # [prompts, 10, D]
     first, second = torch.combinations(torch.arange(DIVERSITY_SEEDS)).T
     return mean_of(1 - (f[:, first] * f[:, second]).sum(dim=-1).mean(dim=1))
 
 
-def similarity(ev, net: Net, images: Images) -> dict:
+def similarity(ev, net: FeatureExtractor, images: Images) -> dict:
     """Of images to the one that their prompt was inverted from (Table 8): mean cosine of image features."""
     f = ev.features(net, images).unflatten(0, (-1, DIVERSITY_SEEDS))
-    sources = ev.features(net, Images([prompt.image for prompt in ev.several]))
+    sources = ev.features(net, Images([prompt.image for prompt in ev.diversity_prompts]))
     return mean_of((f * sources[:, None]).sum(dim=-1).mean(dim=1))
 
 
 class Metric(NamedTuple):
     title: str
     net: Callable | None
-    images: str  # that it takes: one each | several
+    image_set: str  # that it takes: one each | several
     function: Callable | None  # (evaluation, network, images) -> score
 
 
-hps = partial(clip, flag="hps_weights", architecture="ViT-H-14")
+load_hps = partial(load_clip, flag="hps_weights", architecture="ViT-H-14")
 METRICS = {
-    "fid": Metric("FID", inception, "one each", frechet),
-    "clip": Metric("CLIP", clip, "one each", mean_cosine),
-    "hps": Metric("HPSv2", hps, "one each", mean_cosine),
-    "fd": Metric("FD", clip, "one each", frechet),
-    "coverage": Metric("coverage", clip, "one each", coverage),  # or inception, where FID is asked for
-    "alignment": Metric("alignment", judge, "one each", alignment),
-    "lpips": Metric("LPIPS diversity", lpips, "several", lpips_diversity),
-    "diversity": Metric("diversity", clip, "several", diversity),
-    "similarity": Metric("similarity", clip, "several", similarity),
+    "fid": Metric("FID", load_inception, "one each", frechet),
+    "clip": Metric("CLIP", load_clip, "one each", mean_cosine),
+    "hps": Metric("HPSv2", load_hps, "one each", mean_cosine),
+    "fd": Metric("FD", load_clip, "one each", frechet),
+    "coverage": Metric("coverage", load_clip, "one each", coverage),  # or load_inception, where FID is asked for
+    "alignment": Metric("alignment", load_tiny_classifier, "one each", alignment),
+    "lpips": Metric("LPIPS diversity", load_lpips, "several", lpips_diversity),
+    "diversity": Metric("diversity", load_clip, "several", diversity),
+    "similarity": Metric("similarity", load_clip, "several", similarity),
     "paired": Metric("paired error", None, "none", None),  # of PD's students: see paired
 }
 PLAIN = ["FID (Inception)", "CLIP (ViT-g-14)", "HPSv2 (ViT-H-14)", "alignment (judge)"]  # known by their first word
@@ -727,24 +727,24 @@ class Evaluation:
     def __init__(self, args, accelerator):
         self.args, self.accelerator, self.out = args, accelerator, Path(args.output_dir)
         prompts = read_prompts(args.prompts)
-        self.kinds = {METRICS[metric].images for metric in args.metrics} | ({"one each"} if args.shift else set())
+        self.kinds = {METRICS[metric].image_set for metric in args.metrics} | ({"one each"} if args.shift else set())
         if len(prompts) < args.num_images and self.kinds != {"several"}:
             raise SystemExit(f"--num_images {args.num_images}: --prompts {args.prompts} holds only {len(prompts)}")
         self.prompts = [prompt.text for prompt in subsample_evenly(prompts, min(args.num_images, len(prompts)))]
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))  # sec. 5: random prompts
-        self.several = [prompts[i] for i in order[:DIVERSITY_PROMPTS].sort().values]  # of which several images are made
-        if "similarity" in args.metrics and not all(prompt.image for prompt in self.several):
+        self.diversity_prompts = [prompts[i] for i in order[:DIVERSITY_PROMPTS].sort().values]
+        if "similarity" in args.metrics and not all(prompt.image for prompt in self.diversity_prompts):
             wanted = 'must name the "image" they were inverted from'
             raise SystemExit(f"--metrics similarity: the entries of --prompts {args.prompts} {wanted}")
         makers = {metric: METRICS[metric].net for metric in args.metrics if METRICS[metric].net}
         if {"coverage", "fid"} <= makers.keys():
-            makers["coverage"] = inception
+            makers["coverage"] = load_inception
         opened = {maker: maker(args, accelerator.device) for maker in dict.fromkeys(makers.values())}
         self.nets = {metric: opened[maker] for metric, maker in makers.items()}
         if "alignment" in self.nets:
-            self.nets["alignment"].texts(self.prompts)  # refused now, if at all
+            self.nets["alignment"].encode_texts(self.prompts)  # refused now, if at all
         self.by_reference = [metric for metric in args.metrics if metric in ("fid", "fd", "coverage")]
-        self.image_metrics = [metric for metric in args.metrics if METRICS[metric].images == "one each"]
+        self.image_metrics = [metric for metric in args.metrics if METRICS[metric].image_set == "one each"]
         self.real, self.last, self.of_reference = None, {}, {}
         if self.by_reference and not args.reference.endswith(".safetensors"):
             self.real = reference_images(args.reference)
@@ -758,34 +758,35 @@ class Evaluation:
         return title if named in PLAIN else named
 
     @torch.no_grad()  # or each batch would keep its graph
-    def over(self, n: int, function: Callable[[Tensor], Tensor], batch_size: int | None = None) -> Tensor:
+    def across_ranks(self, n: int, function: Callable[[Tensor], Tensor], batch_size: int | None = None) -> Tensor:
         """function(rows) [B, ...] of the rows 0 .. n - 1, in order; the ranks share the work."""
         batch_size = batch_size or self.args.batch_size
         return torch.cat([part.cpu() for part in across_ranks(self.accelerator, n, batch_size, function, "measuring")])
 
-    def features(self, net: Net, images: Images) -> Tensor:
+    def features(self, net: FeatureExtractor, images: Images) -> Tensor:
         """Of all images, [n, D]; metrics of one network share the last ones."""
         if self.last.get(net, (None,))[0] is not images:
-            self.last[net] = images, self.over(len(images), lambda rows: net.images(images.load(rows)))
+            self.last[net] = images, self.across_ranks(len(images), lambda rows: net.encode_images(images.load(rows)))
         return self.last[net][1]
 
-    def texts(self, net: Net, images: Images) -> Tensor:
-        return self.over(len(images), lambda rows: net.texts([images.prompts[i] for i in rows]))
+    def texts(self, net: FeatureExtractor, images: Images) -> Tensor:
+        return self.across_ranks(len(images), lambda rows: net.encode_texts([images.prompts[i] for i in rows]))
 
-    def reference(self, net: Net) -> Tensor:
+    def reference(self, net: FeatureExtractor) -> Tensor:
         """Features of the real images; kept in a file, which --reference of another evaluation may name."""
         if net not in self.of_reference and self.real is None:
-            self.of_reference[net] = load_features(Path(self.args.reference), net.facts)
+            self.of_reference[net] = load_features(Path(self.args.reference), net.provenance)
         elif net not in self.of_reference:
-            self.of_reference[net] = f = self.over(len(self.real), lambda rows: net.images(self.real.load(rows)))
+            features = lambda rows: net.encode_images(self.real.load(rows))
+            self.of_reference[net] = f = self.across_ranks(len(self.real), features)
             if self.accelerator.is_main_process:
-                facts = net.facts | {"reference": self.args.reference}
+                facts = net.provenance | {"reference": self.args.reference}
                 save_file({"features": f}, self.out / f"reference-{net.name}.safetensors", metadata=facts)
         return self.of_reference[net]
 
     def measure(self, metric: str, images: Images) -> dict:
         net = self.nets[metric]
-        facts = net.facts | images.settings
+        facts = net.provenance | images.settings
         if metric in self.by_reference:
             facts["reference"] = self.args.reference
             facts["reference_sha256"] = hashlib.sha256(self.reference(net).numpy()).hexdigest()  # its images may change
@@ -834,7 +835,7 @@ def paired(ev: Evaluation, candidate: Candidate, pipe, teacher, seed: int) -> di
             z = noise_of(rows, latent_shape(pipeline), seed).to(device)
             return student_rollout(schedule, model, z, grid, cond)[-1]
 
-        return ev.over(len(prompts), sample)
+        return ev.across_ranks(len(prompts), sample)
 
     distance = ends(pipe, candidate.steps) - ends(teacher, candidate.config["teacher_steps"])
     return score(distance.square().mean().sqrt().item(), len(prompts), metric=ev.title("paired"))
@@ -857,10 +858,10 @@ def evaluate(ev: Evaluation, candidate: Candidate) -> list[dict]:
         if ev.image_metrics:
             images["one each"] = generate(ev, key, settings, sample, ev.prompts)
         if "several" in ev.kinds:
-            prompts = [prompt.text for prompt in ev.several for _ in range(DIVERSITY_SEEDS)]
+            prompts = [prompt.text for prompt in ev.diversity_prompts for _ in range(DIVERSITY_SEEDS)]
             name = f"{key}-{DIVERSITY_SEEDS}each"
-            images["several"] = generate(ev, name, settings, sample, prompts, DIVERSITY_NOISE)
-        scores = {metric: ev.measure(metric, images[METRICS[metric].images]) for metric in ev.nets}
+            images["several"] = generate(ev, name, settings, sample, prompts, FIRST_DIVERSITY_NOISE)
+        scores = {metric: ev.measure(metric, images[METRICS[metric].image_set]) for metric in ev.nets}
         if guided:
             scores["paired"] = paired(ev, candidate, pipe, guided, seed)
         row = {"label": candidate.label, "key": key, "nfe": nfe, "protocol": ev.args.protocol}
@@ -881,11 +882,11 @@ class Arm(NamedTuple):
     moves: str = ""  # one letter an interval, e.g. "TSSS": the teacher makes the first one
     p_teacher: float = 0.0  # without moves: the teacher's chance at each interval
 
-    def student_rate(self, noises: Sequence[int], n_intervals: int, seed: int) -> Tensor:
+    def student_rate(self, noise_indices: Sequence[int], n_intervals: int, seed: int) -> Tensor:
         """[B, intervals], 1 where the student moves, else 0: drawn for each image alone, the same in all mixtures."""
         if self.moves:
-            return torch.tensor([float(who == "S") for who in self.moves]).expand(len(noises), -1)
-        generators = [torch.Generator().manual_seed(derive_seed(seed, "who moves", i)) for i in noises]
+            return torch.tensor([float(who == "S") for who in self.moves]).expand(len(noise_indices), -1)
+        generators = [torch.Generator().manual_seed(derive_seed(seed, "who moves", i)) for i in noise_indices]
         return torch.stack([(torch.rand(n_intervals, generator=g) >= self.p_teacher).float() for g in generators])
 
 
@@ -961,9 +962,9 @@ class Pair:
         self.label = f"{candidate.label}, {candidate.steps} steps"
         self.grid, self.teacher_grid = [*grid, CLEAN], [*teacher_grid, CLEAN]
 
-    def start(self, ids: Tensor, noises: Sequence[int], seed: int) -> tuple[Tensor, dict]:
+    def start(self, ids: Tensor, noise_indices: Sequence[int], seed: int) -> tuple[Tensor, dict]:
         """(z at 999, cond)"""
-        z = noise_of(noises, latent_shape(self.pipe), seed).to(self.device)
+        z = noise_of(noise_indices, latent_shape(self.pipe), seed).to(self.device)
         w = torch.full((len(z),), self.candidate.guidance_scale, device=self.device)
         return z, self.encoder.encode(ids) | {"w": w}
 
@@ -998,9 +999,9 @@ def evaluate_arms(ev: Evaluation, pair: Pair, seed: int) -> list[dict]:
     arms += one_interval(grid) if "interval" in args.shift else []
     for arm in arms:
 
-        def sample(prompts: list[str], noises: list[int], arm=arm) -> Tensor:
-            z, cond = pair.start(pair.encoder.tokenize(prompts), noises, seed)
-            return pair.decode(pair.rollout(z, cond, arm.student_rate(noises, len(grid), seed))[-1])
+        def sample(prompts: list[str], noise_indices: list[int], arm=arm) -> Tensor:
+            z, cond = pair.start(pair.encoder.tokenize(prompts), noise_indices, seed)
+            return pair.decode(pair.rollout(z, cond, arm.student_rate(noise_indices, len(grid), seed))[-1])
 
         key = f"{pair.candidate.key}-seed{seed}-shift-{arm.moves or arm.p_teacher}"  # arms of equal moves: made once
         settings = pair.settings | {"seed": seed, "moves": arm.moves or f"p_T = {arm.p_teacher}"}
@@ -1049,7 +1050,7 @@ def shift_gap(ev: Evaluation, pair: Pair, seed: int) -> dict:
         ]
         return torch.stack([torch.cat(parts, dim=1) for parts in at], dim=1)
 
-    values = ev.over(n, one_batch).double()  # by then on the CPU: not every device has fp64
+    values = ev.across_ranks(n, one_batch).double()  # by then on the CPU: not every device has fp64
     C, rows = latent_shape(pair.pipe)[0], []
     for t, at_t in zip(timesteps, values.unbind(dim=1)):
         summaries, disagreement = at_t[:, :-2].unflatten(1, (4, -1)), at_t[:, -2:].mean(dim=0).sqrt()

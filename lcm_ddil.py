@@ -243,9 +243,9 @@ def main(argv=None) -> None:
 
     schedule = run.schedule
     student, ema, guided = networks_of(run)
-    model, rolling = run.model(student.network), run.model(student.unwrapped)
+    train_student, rollout_student = run.models_of(student)
     teacher = run.with_reflect_metric(guided, "moved_by_reflect")
-    target = run.with_reflect_metric(rolling if ema is None else run.model(ema), "moved_in_target")
+    target = run.with_reflect_metric(rollout_student if ema is None else run.model(ema), "moved_in_target")
     few, w = sampler_timesteps(args.student_steps, grid), args.eval_guidance_scale
 
     def teacher_row(timesteps: list[int]) -> Tensor:
@@ -254,7 +254,7 @@ def main(argv=None) -> None:
 
     def student_row() -> Tensor:
         path = [*few, CLEAN]
-        sample = lambda z, cond, noise: consistency_rollout(schedule, rolling, z, path, cond, noise)[-1]
+        sample = lambda z, cond, noise: consistency_rollout(schedule, rollout_student, z, path, cond, noise)[-1]
         return run.preview_row(sample, w)
 
     rows = {f"teacher, {len(timesteps)} steps": teacher_row(timesteps) for timesteps in (grid, few)}
@@ -273,10 +273,10 @@ def main(argv=None) -> None:
             elif args.forward_control:  # a rollout's timesteps without the rollout [D16]
                 z_t, t, cond = forward_batch(run, sample_rollout_timesteps(run, grid)[-1:])
             else:  # DDIL: Alg. 1 lines 4, 5
-                z_t, t, cond = rollout_batch(run, source, grid, rolling, teacher)
+                z_t, t, cond = rollout_batch(run, source, grid, rollout_student, teacher)
             s = t - 1000 // args.teacher_steps  # the next point of the solver grid; after its last one, 19 - 20 = CLEAN
             losses = consistency_step(  # Alg. 1 line 6
-                schedule, model, target, teacher, z_t, t, s, cond, run.support, args.loss, args.huber_c
+                schedule, train_student, target, teacher, z_t, t, s, cond, run.support, args.loss, args.huber_c
             )
             run.backward(losses, t, source)
         run.step(student, GRAD_CLIP)

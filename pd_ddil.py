@@ -132,26 +132,26 @@ def forward_batch(run: Run, teacher: Model, grid: Tensor, intervals: range) -> T
 
 
 # DDIL: this class and the next three functions
-class DAgger(TrajectoryBuffer):
-    """D_DAgger, and its credit: how many more uses the states that it was given are good for [D17]. Which states are drawn
-    is the host's choice, as their captions are on it: no wait for the device."""
+class DAggerBuffer(TrajectoryBuffer):
+    """D_DAgger, plus how many uses are left before new states are collected [D17]. The host draws indices, as captions are
+    on it: no wait for the device."""
 
     def __init__(self, capacity: int, device, seed: int = 0):
         super().__init__(capacity)
-        self.device, self.credit, self.choices = device, 0.0, torch.Generator().manual_seed(seed)
+        self.device, self.remaining_uses, self.index_rng = device, 0.0, torch.Generator().manual_seed(seed)
 
     def clear(self) -> None:
         super().clear()
-        self.credit = 0.0
+        self.remaining_uses = 0.0
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"credit": self.credit, "choices": self.choices.get_state()}
+        return super().state_dict() | {"credit": self.remaining_uses, "choices": self.index_rng.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state, self.device)
         self.rows |= {name: value for name, value in state["rows"].items() if name == "ids"}  # on the host
-        self.credit = state["credit"]
-        self.choices.set_state(state["choices"])
+        self.remaining_uses = state["credit"]
+        self.index_rng.set_state(state["choices"])
 
 
 def stored_intervals(args, steps: int) -> range:
@@ -160,16 +160,16 @@ def stored_intervals(args, steps: int) -> range:
 
 
 def dagger_batch(
-    run: Run, dagger: DAgger, teacher: Model, student: Model, grid: Tensor, student_rate: float
+    run: Run, dagger: DAggerBuffer, teacher: Model, student: Model, grid: Tensor, student_rate: float
 ) -> Transitions:
     """From D_DAgger (Alg. 3 line 4), which is refreshed so that a state is used R times."""
     batch_size, now = run.args.batch_size, run.progress["total"]
-    while dagger.credit < batch_size:  # Alg. 3 line 11
+    while dagger.remaining_uses < batch_size:  # Alg. 3 line 11
         rows = collect(run, teacher, student, [*timestep_grid(len(grid) - 1), CLEAN], student_rate)
         dagger.add(**rows, born=torch.full_like(rows["w"], now))  # Alg. 2 line 6
-        dagger.credit += min(len(rows["w"]), dagger.capacity) * run.args.reuse
-    dagger.credit -= batch_size
-    rows = dagger.sample(batch_size, dagger.choices)
+        dagger.remaining_uses += min(len(rows["w"]), dagger.capacity) * run.args.reuse
+    dagger.remaining_uses -= batch_size
+    rows = dagger.sample(batch_size, dagger.index_rng)
     run.add_metrics({"buffer_age": now - rows["born"]})
     t, s = grid[2 * rows["j"]], grid[2 * rows["j"] + 2]
     return rows["z_t"], rows["z_s"], t, s, run.prompts.encode(rows["ids"]) | {"w": rows["w"]}
@@ -231,13 +231,13 @@ def plan_phases(args, prediction_type: str, has_w: bool) -> list[Phase]:
     return phases
 
 
-def save(run: Run, unet, steps: int, out: Path, errors: dict | None = None) -> None:
+def export_stage(run: Run, unet, steps: int, out: Path, errors: dict | None = None) -> None:
     """A stage, which stock diffusers samples by DDIM."""
     scheduler, w = dpm_solver(run.pipe, "v_prediction", order=1), "{} to {}".format(*run.args.guidance_range)
     run.save_student(out, unet, scheduler, steps, w, errors)
 
 
-class Evaluation:
+class PairedEvaluation:
     """Fixed held-out prompts, noises and w; end points of stages/gc as it teaches, reflected, against which every student
     is paired."""
 
@@ -366,13 +366,13 @@ def open_phase(run: Run, phase: Phase, folder: Path) -> tuple[Model, Model, torc
     return guided, run.with_reflect_metric(guided, "moved_by_reflect"), student.requires_grad_(True)
 
 
-def convert(run: Run, phase: Phase, evaluation: Evaluation, folder: Path, out: Path) -> None:
+def convert(run: Run, phase: Phase, evaluation: PairedEvaluation, folder: Path, out: Path) -> None:
     """A phase before the halvings: eps -> v ("v") or guidance conditioning ("gc"), from the pipeline in `folder`."""
     guided, teacher, unet = open_phase(run, phase, folder)
     student = run.prepare_trainable("student", unet)
-    model, rolling = run.model(student.network, "v_prediction"), run.model(student.unwrapped, "v_prediction")
+    train_student, rollout_student = run.models_of(student, "v_prediction")
     args, steps = run.args, run.args.teacher_steps
-    sampled = with_guidance(rolling, run.null) if phase.name == "v" else rolling
+    sampled = with_guidance(rollout_student, run.null) if phase.name == "v" else rollout_student
     rows = {f"teacher, {steps} steps": evaluation.preview_row(guided, steps)}
 
     def sample() -> None:
@@ -387,26 +387,27 @@ def convert(run: Run, phase: Phase, evaluation: Evaluation, folder: Path, out: P
             for _ in run.minibatches(student):
                 x, cond = data_batch(run)
                 if phase.name == "v":
-                    losses, t = v_step(run.schedule, model, x, cond, run.null, run.rng)
+                    losses, t = v_step(run.schedule, train_student, x, cond, run.null, run.rng)
                 else:
-                    losses, t = guidance_step(run.schedule, model, teacher, x, cond, run.support, run.rng)
+                    losses, t = guidance_step(run.schedule, train_student, teacher, x, cond, run.support, run.rng)
                 run.backward(losses, t, source)
             run.step(student, GRAD_CLIP)
     final = run.unwrap_full_network(student)
-    run.finish(lambda: save(run, final, steps, out))
+    run.finish(lambda: export_stage(run, final, steps, out))
 
 
-def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder: Path, out: Path) -> None:
+def halve(run: Run, phase: Phase, dagger: DAggerBuffer, evaluation: PairedEvaluation, folder: Path, out: Path) -> None:
     """Alg. 3 lines 2-12: the pipeline in `folder` is distilled into one of half the steps in `out`."""
     args, steps = run.args, int(phase.name)
     guided, teacher, unet = open_phase(run, phase, folder)  # Alg. 3 line 2
     student = run.prepare_trainable("student", unet)
-    model, rolling = run.model(student.network, "v_prediction"), run.model(student.unwrapped, "v_prediction")
+    train_student, rollout_student = run.models_of(student, "v_prediction")
     grid = torch.tensor([*timestep_grid(2 * steps), CLEAN], device=run.device)  # the teacher's
 
     def sample() -> None:
         rows = {f"gc, {n} steps": evaluation.reference[f"grid_{n}"] for n in (args.teacher_steps, steps)}
-        run.save_preview(rows | {f"student, {steps} steps": evaluation.preview_row(rolling, steps)}, f"-{phase.name}")
+        rows[f"student, {steps} steps"] = evaluation.preview_row(rollout_student, steps)
+        run.save_preview(rows, f"-{phase.name}")
 
     p_dagger = [1 - p for p in phase.p_forward]  # DDIL: App. A
     prior = SamplingPrior(run.shared_rng, forward=phase.p_forward, dagger=p_dagger)
@@ -420,15 +421,16 @@ def halve(run: Run, phase: Phase, dagger: DAgger, evaluation: Evaluation, folder
                 elif args.forward_control:  # D_DAgger's timesteps without its trajectories [D16]
                     z_t, z_s, t, s, cond = forward_batch(run, teacher, grid, stored_intervals(args, steps))
                 else:  # DDIL: Alg. 3 line 4
-                    z_t, z_s, t, s, cond = dagger_batch(run, dagger, teacher, rolling, grid, phase.student_rate[part])
-                losses = pd_step(run.schedule, model, z_t, z_s, t, s, cond)  # Alg. 3 lines 6, 9, 10
+                    student_rate = phase.student_rate[part]
+                    z_t, z_s, t, s, cond = dagger_batch(run, dagger, teacher, rollout_student, grid, student_rate)
+                losses = pd_step(run.schedule, train_student, z_t, z_s, t, s, cond)  # Alg. 3 lines 6, 9, 10
                 run.backward(losses, t, source)
             run.step(student, GRAD_CLIP)  # Alg. 3 line 11
             run.labels = {"phase": phase.name, "part": part + 1, "buffer_size": len(dagger)}
-    errors = evaluation.report(rolling, guided, steps)
+    errors = evaluation.report(rollout_student, guided, steps)
     final = run.unwrap_full_network(student)
     dagger.clear()  # its grid and models change with the stage [D16]
-    run.finish(lambda: save(run, final, steps, out, errors))  # Alg. 3 line 12: the next teacher
+    run.finish(lambda: export_stage(run, final, steps, out, errors))  # Alg. 3 line 12: the next teacher
 
 
 def main(argv=None) -> None:
@@ -448,9 +450,9 @@ def main(argv=None) -> None:
     run.open(__file__, labels + errors, columns, plan={f"phase {phase.name}": phase for phase in phases})
     names = [phase.name for phase in phases]
     folders = [Path(args.teacher), *[run.out / "stages" / name for name in names]]  # phase i distils folders[i]
-    dagger = DAgger(args.buffer_size, run.device, derive_seed(args.seed, "dagger", run.rank))
+    dagger = DAggerBuffer(args.buffer_size, run.device, derive_seed(args.seed, "dagger", run.rank))
     run.register_for_checkpointing("buffer", dagger)
-    evaluation = Evaluation(run, gc=folders[names.index("gc") + 1 if "gc" in names else 0])
+    evaluation = PairedEvaluation(run, gc=folders[names.index("gc") + 1 if "gc" in names else 0])
     for i, phase in run.unfinished(phases):  # Alg. 3 line 1
         if phase.name.isdigit():
             halve(run, phase, dagger, evaluation, folders[i], folders[i + 1])

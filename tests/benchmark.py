@@ -106,8 +106,9 @@ def measure(script, size: str, sources: list[str], flags: str) -> list[dict]:
         if size == "mid":
             base += ["--data", few_images(folder / "data"), "--global_batch_size", 4]
         draw = patch.object(common.SamplingPrior, "draw", lambda prior, part: found[-1]["source"])
-        no_pictures = patch.multiple(common.Run, draw=lambda *args: None, preview_row=lambda *args: None)
-        no_evaluation = patch.multiple(pd_ddil.Evaluation, reference=lambda *args: None, report=lambda *args: None)
+        no_pictures = patch.multiple(common.Run, save_preview_once=lambda *args: None, preview_row=lambda *args: None)
+        nothing = {"reference": lambda *args: None, "report": lambda *args: None}
+        no_evaluation = patch.multiple(pd_ddil.PairedEvaluation, **nothing)
         quiet = redirect_stdout(sys.stderr)
         with quiet, draw, no_pictures, no_evaluation, patch.object(dmd2_ddil, "sample_rollout_length", transitions):
             script.main([*map(str, base), *flags.split()])
@@ -225,10 +226,8 @@ def convert(module, function, recurse=True):
 
 
 def pd_update(run):
-    teacher, student = (
-        run.model(run.prepare_frozen(copy.deepcopy(run.pipe.unet))),
-        run.prepare_trainable("student", run.pipe.unet),
-    )
+    teacher = run.model(run.prepare_frozen(copy.deepcopy(run.pipe.unet)))
+    student = run.prepare_trainable("student", run.pipe.unet)
     model, t = run.model(student.network), torch.full((len(run.x),), 999)
 
     def update():
@@ -252,12 +251,13 @@ def lcm_update(run):
 
 def dmd2_update(run):
     nets = dmd2_ddil.networks_of(run, dict.fromkeys(("teacher", "student", "fake"), run.pipe))
-    scores, t = (nets.real, nets.still_fake, nets.still_judge), torch.full((len(run.x),), 999)
+    scores = nets.real_score, nets.unwrapped_fake_score, nets.unwrapped_discriminator
+    t = torch.full((len(run.x),), 999)
 
     def update():
-        x_g = common.consistency_function(run.schedule, nets.model, run.x, t, run.cond)
+        x_g = common.consistency_function(run.schedule, nets.train_student, run.x, t, run.cond)
         run.minimise(nets.student, dmd2_ddil.student_step(run.schedule, *scores, x_g, run.cond, None, 1, run.rng)[0])
-        inputs = nets.fake, nets.judge, x_g.detach(), run.x, run.cond, 1, run.rng
+        inputs = nets.fake_score, nets.discriminator, x_g.detach(), run.x, run.cond, 1, run.rng
         run.minimise(nets.critic, dmd2_ddil.critic_step(run.schedule, *inputs)[0])
 
     return update

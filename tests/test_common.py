@@ -300,10 +300,8 @@ def test_biased_student_drifts_as_predicted():
     for j, (t, s) in enumerate(pairwise(STUDENT_GRID)):
         m = TEACHER_GRID[2 * j + 1]
         by_teacher = gain(t, m) * gain(m, s) * u  # from the visited state, drift and all
-        assert (
-            max_error(centred(states[j], t), u) < 1e-12
-            and max_error(centred(teacher_targets[j], s), by_teacher) < 1e-12
-        )
+        assert max_error(centred(states[j], t), u) < 1e-12
+        assert max_error(centred(teacher_targets[j], s), by_teacher) < 1e-12
         if j < len(moves):
             d = rotation(SCHEDULE, torch.tensor([t]), torch.tensor([s]))[1]
             u = torch.where(moves[j].view(-1, 1, 1, 1), gain(t, s) * u - d * b, by_teacher)

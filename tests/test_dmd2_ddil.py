@@ -18,17 +18,9 @@ import dmd2_ddil
 
 # isort: off
 from common import LatentData, NoiseSchedule, PromptEncoder, Run, SamplingPrior, UNetModel, add_noise, betas_of
-from common import checkpoints_of, consistency_function, forward_diffuse, latent_shape, lcm_scheduler, load_pipeline
-from common import (
-    load_schedule,
-    load_state,
-    noise_of,
-    open_rows,
-    resolve_priors,
-    derive_seed,
-    timestep_grid,
-    with_guidance,
-)
+from common import checkpoints_of, consistency_function, derive_seed, forward_diffuse, latent_shape, lcm_scheduler
+from common import load_pipeline, load_schedule, load_state, noise_of, open_rows, resolve_priors, timestep_grid
+from common import with_guidance
 from dmd2_ddil import Critic, GANHead, critic_step, draw_actors, sample_rollout_length, make_head, matching_gradient
 from dmd2_ddil import parse_args, reflect_value, student_states, student_step
 # isort: on
@@ -70,7 +62,7 @@ def gaussian_v(mean: float, std: float, z_t, t, cond):
 
 
 REAL, FAKE = partial(gaussian_v, MEAN, STD), partial(gaussian_v, -0.3, 0.9)
-JUDGE = lambda z_t, t, cond: z_t.sin().sum(dim=(1, 2, 3)) + t / 1000
+DISCRIMINATOR = lambda z_t, t, cond: z_t.sin().sum(dim=(1, 2, 3)) + t / 1000
 
 
 @pytest.mark.parametrize("t", [20, 249, 900])
@@ -96,14 +88,15 @@ def test_student_s_losses(support):
     were before. The gradient at x_g is matching's over the number of values, and GAN's by autograd on the whole."""
     perfect, x_g, noise = partial(gaussian_v, MEAN, 0.0), 2 * randn(8), seeded(3)
     x_g[0] = MEAN
-    losses, notes = student_step(SCHEDULE, perfect, FAKE, JUDGE, x_g.requires_grad_(True), {}, support, 0.3, seeded(3))
+    inputs = perfect, FAKE, DISCRIMINATOR, x_g.requires_grad_(True), {}, support, 0.3
+    losses, notes = student_step(SCHEDULE, *inputs, seeded(3))
     tau = torch.randint(20, 981, (8,), generator=noise)
     z_tau, (alpha_t, sigma_t) = forward_diffuse(SCHEDULE, x_g.detach(), tau, noise)[0], SCHEDULE.at(tau)
     estimates = [alpha_t * z_tau - sigma_t * model(z_tau, tau, {}) for model in (perfect, FAKE)]
     x_real, x_fake = (x_hat if support is None else x_hat.clamp(*support) for x_hat in estimates)
     g = torch.stack([(b - a) / (x - a).abs().mean().clamp(min=1e-3) for x, a, b in zip(x_g.detach(), x_real, x_fake)])
     t = torch.randint(1000, (8,), generator=noise)
-    gan = F.softplus(-JUDGE(forward_diffuse(SCHEDULE, x_g, t, noise)[0], t, {}))
+    gan = F.softplus(-DISCRIMINATOR(forward_diffuse(SCHEDULE, x_g, t, noise)[0], t, {}))
     ours, gan_g = (torch.autograd.grad(loss.sum(), x_g)[0] for loss in (losses, gan))
     assert max_error(ours, g / 36 + 0.3 * gan_g) < 1e-9
     assert max_error(notes["loss_matching"], 0.5 * (g**2).mean(dim=(1, 2, 3))) < 1e-9
@@ -121,12 +114,12 @@ def test_student_is_reflected_in_value_alone():
 
 def test_critic_s_loss():
     x_g, x, noise = randn(4), randn(4, seed=1), seeded(5)
-    losses, notes = critic_step(SCHEDULE, FAKE, JUDGE, x_g, x, {}, 0.3, seeded(5))
+    losses, notes = critic_step(SCHEDULE, FAKE, DISCRIMINATOR, x_g, x, {}, 0.3, seeded(5))
     t = torch.randint(1000, (4,), generator=noise)
     (z_t, eps), (alpha_t, sigma_t) = forward_diffuse(SCHEDULE, x_g, t, noise), SCHEDULE.at(t)
     fake = (sigma_t * z_t + alpha_t * FAKE(z_t, t, {}) - eps).pow(2).mean(dim=(1, 2, 3))
     t = torch.randint(1000, (8,), generator=noise)
-    generated, real = JUDGE(forward_diffuse(SCHEDULE, torch.cat([x_g, x]), t, noise)[0], t, {}).chunk(2)
+    generated, real = DISCRIMINATOR(forward_diffuse(SCHEDULE, torch.cat([x_g, x]), t, noise)[0], t, {}).chunk(2)
     expected = fake + 0.3 * ((1 + generated.exp()).log() + (1 + (-real).exp()).log())
     for ours, theirs in ((losses, expected), (notes["logit_generated"], generated), (notes["logit_real"], real)):
         assert max_error(ours, theirs) < 1e-9
@@ -169,7 +162,7 @@ def test_states_are_those_of_diffusers_schedulers(actors, opened):
     (run, nets), actors = opened, actors.split()
     x, cond = dmd2_ddil.data_batch(run, need_images=True)
     state, noise, grids = run.rng.get_state(), torch.Generator(), (T, timestep_grid(20, "trailing"))
-    z_t, t = student_states(run, nets.rolling, nets.real, grids, [*actors, "forward"][0], actors, x, cond)
+    z_t, t = student_states(run, nets.rollout_student, nets.real_score, grids, [*actors, "forward"][0], actors, x, cond)
     noise.set_state(state)
     z = torch.randn(4, 4, 8, 8, generator=noise)
     lcm, ddim = lcm_scheduler(run.pipe, 4), DDIMScheduler(**betas_of(run.pipe), clip_sample_range=0.5)
@@ -193,12 +186,13 @@ def test_gradients_reach_only_whom_they_should(opened):
     student, critic, real = ([*net.parameters()] for net in (nets.student.network, nets.critic.network, run.pipe.unet))
     assert len({p.data_ptr() for p in student + critic + real}) == len(student + critic + real)
     x, cond = dmd2_ddil.data_batch(run, need_images=True)
-    x_g = consistency_function(run.schedule, nets.model, torch.randn_like(x), torch.full((4,), 999), cond)
-    models = nets.real, nets.still_fake, nets.still_judge
+    x_g = consistency_function(run.schedule, nets.train_student, torch.randn_like(x), torch.full((4,), 999), cond)
+    models = nets.real_score, nets.unwrapped_fake_score, nets.unwrapped_discriminator
     student_step(run.schedule, *models, x_g, cond, None, 1.0, run.rng)[0].mean().backward()
     assert all(p.grad.abs().max() > 0 for p in student) and all(p.grad is None for p in critic + real)
     nets.student.optimizer.zero_grad()
-    critic_step(run.schedule, nets.fake, nets.judge, x_g.detach(), x, cond, 1.0, run.rng)[0].mean().backward()
+    inputs = nets.fake_score, nets.discriminator, x_g.detach(), x, cond, 1.0, run.rng
+    critic_step(run.schedule, *inputs)[0].mean().backward()
     assert all(p.grad.abs().max() > 0 for p in critic) and all(p.grad is None for p in student + real)
 
 
@@ -220,7 +214,7 @@ def test_loras_on_two_bases(fake, half, tmp_path, folder_of, data_folder, monkey
     plain = UNetModel(load_pipeline(str(teacher)).unet.to(dtype), run.schedule, "epsilon", torch.no_grad)
     expected, inputs = (
         with_guidance(plain, run.null)(x, t, cond),
-        (run.schedule, nets.fake, nets.judge, x, x, cond, 1.0),
+        (run.schedule, nets.fake_score, nets.discriminator, x, x, cond, 1.0),
     )
     assert (nets.critic.unwrapped.unet is run.pipe.unet) == (not fake)
     trained = dict(nets.critic.unwrapped.named_parameters())
@@ -229,7 +223,7 @@ def test_loras_on_two_bases(fake, half, tmp_path, folder_of, data_folder, monkey
     assert {p.dtype for p in own.values()} == {torch.float32} and trained["unet.conv_in.weight"].dtype == dtype
     with torch.no_grad():
         [p.add_(0.1) for p in own.values()]
-    assert max_error(nets.real(x, t, cond), expected) < (2e-2 if half else 1e-5)
+    assert max_error(nets.real_score(x, t, cond), expected) < (2e-2 if half else 1e-5)
     gradients = []
     for prepare in (lambda: None, nets.critic.unwrapped.enable_gradient_checkpointing):
         prepare()

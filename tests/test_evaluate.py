@@ -348,14 +348,14 @@ class Context(evaluate.Evaluation):
     """As much of an evaluation as a metric needs."""
 
     def __init__(self, several=(), reference=None):
-        self.several, self.accelerator, self.args, self.last = several, Accelerator(), args_of(), {}
+        self.diversity_prompts, self.accelerator, self.args, self.last = several, Accelerator(), args_of(), {}
         self.reference = lambda net: reference
 
 
 def test_clip_scores(tmp_path):
     """By open_clip's own calls, of images that are not square: score, diversity and similarity."""
     model, _ = random_clip(tmp_path / "clip")
-    net, images = evaluate.clip(args_of(clip_weights=tmp_path / "clip"), "cpu"), random_images(20)
+    net, images = evaluate.load_clip(args_of(clip_weights=tmp_path / "clip"), "cpu"), random_images(20)
     images[0].save(tmp_path / "source.png")
     assert not Context().features(net, shown(images)).requires_grad  # or every batch would keep its graph
     preprocess, cosine = open_clip.image_transform(32, is_train=False), torch.cosine_similarity
@@ -366,7 +366,7 @@ def test_clip_scores(tmp_path):
     found = evaluate.mean_cosine(Context(), net, shown(images, prompts))
     assert found["value"] == pytest.approx(cosines.mean().item(), abs=1e-6)
     assert found["standard_error"] == pytest.approx(cosines.std().item() / 20**0.5, abs=1e-6)
-    assert (found["n"], net.name, len(net.facts["sha256"])) == (20, "clip", 64)
+    assert (found["n"], net.name, len(net.provenance["sha256"])) == (20, "clip", 64)
     pairs = [1 - cosine(f[i + a], f[i + b], dim=0).item() for i in (0, 10) for a in range(10) for b in range(a)]
     assert evaluate.diversity(Context(), net, shown(images))["value"] == pytest.approx(np.mean(pairs), abs=1e-5)
     context = Context([evaluate.Prompt(p, tmp_path / "source.png") for p in "ab"])
@@ -394,10 +394,10 @@ def test_weights_from_a_file(architecture, maker, tmp_path, monkeypatch):
     model, config = random_clip(tmp_path / "clip")
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, architecture, config)
     torch.save({"state_dict": model.state_dict(), "epoch": 1}, tmp_path / "weights.pt")
-    open_net = lambda source: getattr(evaluate, maker)(args_of(**{f"{maker}_weights": source}), "cpu")
+    open_net = lambda source: getattr(evaluate, f"load_{maker}")(args_of(**{f"{maker}_weights": source}), "cpu")
     net, expected, images = open_net(tmp_path / "weights.pt"), open_net(tmp_path / "clip"), random_images(2)
-    assert torch.equal(net.images(images), expected.images(images))
-    assert (net.name, net.facts["weights"]) == (architecture, f"{architecture}, weights.pt")
+    assert torch.equal(net.encode_images(images), expected.encode_images(images))
+    assert (net.name, net.provenance["weights"]) == (architecture, f"{architecture}, weights.pt")
 
 
 @pytest.mark.parametrize("size", [(48, 32), (32, 48), (40, 40), (20, 10)])
@@ -432,7 +432,7 @@ def random_trunk(file, net: str) -> dict:
 def test_lpips_diversity(net, tmp_path):
     """Two prompts: all pairs one by one through the lpips package, whose trunk is given our weights by its own names."""
     trunk = random_trunk(tmp_path / "trunk.pth", net)
-    ours = evaluate.lpips(args_of(lpips_weights=tmp_path / "trunk.pth", lpips_net=net, resolution=32), "cpu")
+    ours = evaluate.load_lpips(args_of(lpips_weights=tmp_path / "trunk.pth", lpips_net=net, resolution=32), "cpu")
     slow = LPIPS(net=net, pnet_rand=True, verbose=False).eval()
     for name, parameter in slow.net.named_parameters():
         parameter.copy_(trunk[f"features.{name.split('.', 1)[1]}"])
@@ -453,7 +453,7 @@ def test_fid(tmp_path, monkeypatch):
     with monkeypatch.context() as without:  # its own constructor needs a file: the first one is made without
         without.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         torch.save(FeatureExtractorInceptionV3("inception", ["2048"], str(file)).state_dict(), file)
-    net = evaluate.inception(args_of(fid_weights=file, resolution=24), "cpu")
+    net = evaluate.load_inception(args_of(fid_weights=file, resolution=24), "cpu")
     reference = FeatureExtractorInceptionV3("inception", ["2048"], str(file))
     cut = lambda image: image.crop((8, 0, 40, 32)).resize((24, 24), Image.LANCZOS)
     sets = [random_images(5, (48, 32), seed) for seed in (1, 2)]
@@ -470,7 +470,7 @@ def test_alignment_is_the_judge_s():
     from datasets import load_dataset
 
     rows = load_dataset(str(TINY / "data"))["test"].select(range(60))
-    net, images, captions = evaluate.judge(None, "cpu"), list(rows["image"]), list(rows["caption"])
+    net, images, captions = evaluate.load_tiny_classifier(None, "cpu"), list(rows["image"]), list(rows["caption"])
     right = evaluate.alignment(Context(), net, shown(images, captions))
     wrong = evaluate.alignment(Context(), net, shown(images, captions[1:] + captions[:1]))
     assert wrong["value"] < 0.1 and right["value"] > 0.9

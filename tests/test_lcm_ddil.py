@@ -16,15 +16,8 @@ import lcm_ddil
 from common import CLEAN, LatentData, PromptEncoder, Run, SamplingPrior, StopRequest, UNetModel, add_noise, betas_of
 from common import consistency_function, ddim_step, lcm_scheduler, load_pipeline, load_schedule, open_rows, part_of
 from common import resolve_priors, rotation, derive_seed, timestep_grid, with_guidance, with_w_embedding
-from lcm_ddil import (
-    consistency_step,
-    draw_cond,
-    sample_rollout_timesteps,
-    networks_of,
-    parse_args,
-    rollout_batch,
-    sampler_timesteps,
-)
+from lcm_ddil import consistency_step, draw_cond, networks_of, parse_args, rollout_batch, sample_rollout_timesteps
+from lcm_ddil import sampler_timesteps
 # isort: on
 
 GRID = timestep_grid(50, "trailing")

@@ -18,7 +18,7 @@ import pd_ddil
 from common import CLEAN, add_noise, ddim_step, rotation, teacher_rollout, timestep_grid
 from common import PromptEncoder, UNetModel, load_pipeline, load_schedule, with_guidance, with_w_embedding
 from common import LatentData, Run, open_rows, derive_seed
-from pd_ddil import DAgger, Phase, collect, dagger_batch, forward_batch, guidance_step, open_phase
+from pd_ddil import DAggerBuffer, Phase, collect, dagger_batch, forward_batch, guidance_step, open_phase
 from pd_ddil import parse_args, pd_step, plan_phases, teacher_target, v_step
 # isort: on
 
@@ -126,7 +126,7 @@ def test_stored_states(case, tmp_path, gc_folder, data_folder):
         one_each = {name: value[::8] for name, value in cond.items()}
         states = teacher_rollout(run.schedule, model, z_t[:, 0], timestep_grid(steps), one_each)
         assert max_error(z_t, torch.stack(states[:: steps // 8], dim=1)) < 1e-5
-    (dagger := DAgger(2 * (8 - first), "cpu")).add(**rows)
+    (dagger := DAggerBuffer(2 * (8 - first), "cpu")).add(**rows)
     assert dagger.rows["j"].bincount()[first:].tolist() == [2] * (8 - first)
 
 
@@ -135,10 +135,10 @@ def test_a_state_is_used_reuse_times(reuse, capacity, tmp_path, gc_folder, data_
     """States collected, as far as they fit in, x R exceed those used by less than a rollout, when alone networks are
     asked; also after a resume."""
     run = open_run(pd_ddil, f"{paths(tmp_path, gc_folder, data_folder)} {FLAGS} --reuse {reuse}")
-    dagger, calls, seen, timesteps = DAgger(capacity, "cpu"), [], (set(), set()), timestep_grid(8)
+    dagger, calls, seen, timesteps = DAggerBuffer(capacity, "cpu"), [], (set(), set()), timestep_grid(8)
     models = [lambda *inputs, model=model: calls.append(model) or model(*inputs) for model in (TEACHER, STUDENT)]
     for _ in range(40):
-        before, saved, dagger = (dagger.added, len(calls)), dagger.state_dict(), DAgger(capacity, "cpu")
+        before, saved, dagger = (dagger.added, len(calls)), dagger.state_dict(), DAggerBuffer(capacity, "cpu")
         dagger.load_state_dict(saved)
         seen[0].update(dagger_batch(run, dagger, *models, TEACHER_GRID, 0.5)[2].tolist())
         assert (dagger.added == before[0]) == (len(calls) == before[1])
