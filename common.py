@@ -1132,7 +1132,7 @@ class LatentData:
                     decoding.cancel()
                 without = {name: value for name, value in row.items() if name != "image"}
                 decoded = decode(without, self.shape, draw)
-            samples += self.usable([decoded])
+            samples += self.filter_usable([decoded])
         return samples
 
     def prefetch(self, n: int, start: bool = True) -> None:
@@ -1164,7 +1164,7 @@ class LatentData:
 
     def decode_usable(self, columns: dict[str, Sequence]) -> list[dict]:
         """The usable samples among rows that were not drawn by the stream."""
-        return self.usable(self.threads.map(partial(decode, shape=self.shape), rows_of_columns(columns)))
+        return self.filter_usable(self.threads.map(partial(decode, shape=self.shape), rows_of_columns(columns)))
 
     def reasons(self) -> str:
         return ", ".join(f"{n} x {why}{self.first[why]}" for why, n in self.unusable.items()) or "no sample at all"
@@ -1216,7 +1216,7 @@ class LatentData:
             rows = self.rows.take(n)
         decoded, latents = prefetch_map(self.threads, partial(decode, shape=self.shape), rows), []
         while batch := [*islice(decoded, self.batch_size)]:
-            if samples := self.usable(batch):
+            if samples := self.filter_usable(batch):
                 latents.append(self.sample_posterior(self.encode(samples)[0], generator))
         if not latents:
             raise SystemExit(f"--data: none of the first {n} samples can be used: {self.reasons()}")

@@ -10,16 +10,17 @@ DMD2: Improved Distribution Matching Distillation for Fast Image Synthesis, arXi
 paper                                            code
   Alg. 1    line 1, data, T_s                      data_batch, sample_rollout_length
   Alg. 1    line 2, [D14] one source an iteration  common.SamplingPrior.draw
-  Alg. 1    line 3, forward diffusion              student_states, common.forward_diffuse
+  Alg. 1    line 3, forward diffusion (*)          student_states, common.forward_diffuse
   Alg. 1    line 4, the teacher's trajectory       student_states, common.teacher_rollout
   Alg. 1    line 5, the student's trajectory       student_states, common.consistency_rollout
-  sec. 4.2  both models within one trajectory      draw_actors
+  sec. 4.2  both models within one trajectory (*)  draw_actors
   Alg. 1    line 6, the losses                     student_step, critic_step
   DMD2      gradient of the matching               matching_gradient
   DMD2      fake score and GAN's head              Critic, GANHead
   sec. 4.1  reflected distillation [D15]           reflect_value, matching_gradient, common.reflect
   sec. 5    ten critic updates for each, priors    RECIPES, main
 
+(*) Off by default [D20]: --p_forward and --mixed_rollout turn them on.
 Plain DMD2 is --p_student 1 --reflect none. What the paper adds to it: grep "# DDIL:" dmd2_ddil.py common.py
 """
 
@@ -46,16 +47,18 @@ from common import Run, TrainableNetwork, add_lora_flag, add_prior_flags, flag_p
 from common import positive_int, resolve_priors, resolve, derive_seed
 # isort: on
 
-# Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
-PAPER = {"teacher_steps": 20, "student_steps": 4, "p_forward": (0.0,), "mixed_rollout": False, "reflect": "measured",
-         "fake_updates": 10, "gan_weight": 5e-3, "critic_gan_weight": 1e-2, "lora_rank": 0, "seed": 0}  # fmt: skip
-SSD1B = PAPER | {
+# Any flag overrides its recipe.
+PAPER = {"teacher_steps": 20, "student_steps": 4, "fake_updates": 10}  # Table 3, sec. 5
+DMD2 = {"gan_weight": 5e-3, "critic_gan_weight": 1e-2}  # DMD2's
+READINGS = {"p_forward": (0.0,), "mixed_rollout": False, "reflect": "measured"}  # [D19], [D20], [D15]
+COMMON = PAPER | DMD2 | READINGS | {"lora_rank": 0, "seed": 0}
+SSD1B = COMMON | {  # sec. 5; rates [D13], warm-up [D24]
     "output_dir": "runs/dmd2_ddil-ssd1b", "updates": 30_000, "guidance_scale": 8.0, "global_batch_size": 7,
-    "batch_size": 1, "learning_rate": 5e-7, "lora_learning_rate": 5e-5, "lr_decay": False, "warmup": 500,  # [D13]
+    "batch_size": 1, "learning_rate": 5e-7, "lora_learning_rate": 5e-5, "lr_decay": False, "warmup": 500,
     "gradient_checkpointing": True, "log_every": 10, "save_every": 100,
 }  # fmt: skip
 RECIPES = {
-    "tiny": PAPER | {
+    "tiny": COMMON | {
         "teacher": "assets/tiny/pipeline", "data": "assets/tiny/data", "output_dir": "runs/dmd2_ddil-tiny", "updates": 200,
         "fake_updates": 5, "guidance_scale": 4.0, "global_batch_size": 7, "learning_rate": 1e-4,
         "lora_learning_rate": 3e-4, "lr_decay": True, "warmup": 20, "cache_latents": True, "log_every": 10, "save_every": 100,

@@ -40,17 +40,18 @@ from common import Run, TrainableNetwork, add_lora_flag, add_prior_flags, flag_p
 from common import full_tensor, positive_int, resolve, resolve_priors, share
 # isort: on
 
-# Every number of the paper (sec. 5), and what the embedded default uses instead. Any flag overrides its recipe. [D12]
-PAPER = {"teacher_steps": 50, "student_steps": 4, "rollout_steps": (3, 4, 5), "p_forward": (0.75, 0.5), "p_teacher": (0.0,),
-         "loss": "huber", "huber_c": 0.001, "ema_decay": 0.95, "prompt_dropout": 0.0, "lora_rank": 0, "store_start": False,
-         "forward_control": False, "reflect": "measured", "seed": 0}  # fmt: skip
-SD15 = PAPER | {
+# Any flag overrides its recipe.
+PAPER = {"student_steps": 4, "rollout_steps": (3, 4, 5)}  # sec. 5
+LCM = {"teacher_steps": 50, "loss": "huber", "huber_c": 0.001, "ema_decay": 0.95, "prompt_dropout": 0.0}  # LCM's, [D12]
+READINGS = {"p_forward": (0.75, 0.5), "p_teacher": (0.0,), "store_start": False, "reflect": "measured"}  # [D12], [D15]
+COMMON = PAPER | LCM | READINGS | {"lora_rank": 0, "forward_control": False, "seed": 0}
+SD15 = COMMON | {  # sec. 5; range of w [D12], warm-up [D24]
     "output_dir": "runs/lcm_ddil-sd15", "updates": 8000, "guidance_range": (6.0, 16.0), "global_batch_size": 360,
     "batch_size": 60, "learning_rate": 1e-5, "lora_learning_rate": 1e-4, "warmup": 500, "eval_guidance_scale": 8.0,
     "gradient_checkpointing": True, "log_every": 50, "save_every": 500,
 }  # fmt: skip
 RECIPES = {
-    "tiny": PAPER | {
+    "tiny": COMMON | {
         "teacher": "assets/tiny/pipeline", "data": "assets/tiny/data", "output_dir": "runs/lcm_ddil-tiny", "updates": 1500,
         "guidance_range": (1.5, 6.0), "global_batch_size": 32, "learning_rate": 3e-4, "lora_learning_rate": 3e-4,
         "warmup": 50, "eval_guidance_scale": 4.0, "cache_latents": True, "log_every": 50, "save_every": 250,

@@ -43,24 +43,25 @@ from common import Run, flag_parser, across_ranks, noise_of, non_negative, posit
 from common import replace_folder, resolve, derive_seed, share
 # isort: on
 
-# Every number of the paper (sec. 5, App. A), and what the embedded default uses instead. Any flag overrides its recipe.
-# `updates` of a phase: one number for each of its parts; halvings are named by the steps of their student.
-PAPER = {"p_forward": (0.75, 0.5), "student_rate": (0.15, 0.8), "reuse": 2, "buffer_size": 1024,  # App. A, [D9], [D17], [D21]
-         "teacher_steps": 32, "student_steps": 4, "store_start": False, "forward_control": False, "reflect": "measured",
-         "eval_prompts": 128, "seed": 0}  # fmt: skip
+# Any flag overrides its recipe. `updates` of a phase: one number for each of its parts; halvings are named by the steps of
+# their student.
+PAPER = {"teacher_steps": 32, "student_steps": 4,  # sec. 5
+         "p_forward": (0.75, 0.5), "student_rate": (0.15, 0.8)}  # App. A, [D9]  # fmt: skip
+READINGS = {"reflect": "measured", "store_start": False, "reuse": 2, "buffer_size": 1024}  # [D15], [D16], [D17], [D21]
+COMMON = PAPER | READINGS | {"forward_control": False, "eval_prompts": 128, "seed": 0}
 RECIPES = {
-    "tiny": PAPER | {
+    "tiny": COMMON | {
         "teacher": "assets/tiny/pipeline", "data": "assets/tiny/data", "output_dir": "runs/pd_ddil-tiny",
         "updates": {"v": [250], "gc": [600], "16": [250], "8": [200, 100], "4": [250, 150], "2": [250, 150], "1": [250, 150]},
         "guidance_range": (2.0, 14.0), "global_batch_size": 32, "learning_rate": (5e-4, 1e-4), "warmup": 20,
         "eval_guidance_scale": 8.0, "cache_latents": True, "log_every": 20, "save_every": 100,
     },
-    "sd15": PAPER | {
+    "sd15": COMMON | {  # sec. 5, App. A
         "output_dir": "runs/pd_ddil-sd15",
         "updates": {"v": [4000], "gc": [6000],  # [D18], [D24]: "10K steps overall"
-                    "16": [5000], "8": [6000, 4000], "4": [8000, 6000], "2": [8000, 6000], "1": [8000, 6000]},
+                    "16": [5000], "8": [6000, 4000], "4": [8000, 6000], "2": [8000, 6000], "1": [8000, 6000]},  # "1": [D24]
         "guidance_range": (2.0, 14.0), "global_batch_size": 224, "batch_size": 28, "learning_rate": (1e-5,), "warmup": 500,
-        "eval_guidance_scale": 8.0, "gradient_checkpointing": True, "log_every": 50, "save_every": 500,
+        "eval_guidance_scale": 8.0, "gradient_checkpointing": True, "log_every": 50, "save_every": 500,  # 8: [D23]
     },
 }  # fmt: skip
 GRAD_CLIP, CAPTION_DROPOUT = 1.0, 0.1  # [D18]
@@ -98,7 +99,8 @@ def guidance_step(
 def teacher_target(
     schedule: NoiseSchedule, teacher: Model, z_t: Tensor, t: Tensor, m: Tensor, s: Tensor, cond: dict, support: Support
 ) -> Tensor:
-    """z_s where the teacher's two reflected DDIM steps t -> m -> s lead from z_t (Alg. 3 line 8)."""
+    """z_s where the teacher's two reflected DDIM steps t -> m -> s lead from z_t (Alg. 3 line 8): teacher_rollout's steps,
+    but t differs from sample to sample."""
     z_m = ddim_step(schedule, z_t, teacher(z_t, t, cond), t, m, support)
     return ddim_step(schedule, z_m, teacher(z_m, m, cond), m, s, support)
 
@@ -107,12 +109,16 @@ def pd_step(
     schedule: NoiseSchedule, student: Model, z_t: Tensor, z_s: Tensor, t: Tensor, s: Tensor, cond: dict
 ) -> Tensor:
     """Eq. 3 (Alg. 3 lines 6, 9, 10): the student's one step t -> s is to land where the teacher's two did, on z_s; at the
-    clean end that is the x which the student is to estimate [D6]."""
+    clean end that is the x which the student is to estimate [D6].
+
+    Line 9 prints x* = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t). As x = alpha_t z_t -
+    sigma_t v, this is v* = (c z_t - z_s) / d, without a division by sigma_t; c, d as in ddim_step [D18].
+    """
     v_s = student(z_t, t, cond)  # Alg. 3 line 6
     c, d = rotation(schedule, t, s)
-    v_target = (c * z_t - z_s) / d  # Alg. 3 line 9, as v: exactly the one from which DDIM goes z_t -> z_s [D18]
+    v_target = (c * z_t - z_s) / d  # Alg. 3 line 9
     alpha_t, sigma_t = schedule.at(t)
-    weight = torch.maximum(alpha_t**2, sigma_t**2)  # max(1, SNR) |x_s - x_target|^2 in terms of v [D18]
+    weight = torch.maximum(alpha_t**2, sigma_t**2)  # max(1, SNR) |x_s - x*|^2 in terms of v [D18]
     return (weight * (v_s - v_target) ** 2).mean(dim=(1, 2, 3))  # Alg. 3 line 10
 
 
@@ -219,7 +225,7 @@ def halvings(teacher_steps: int, student_steps: int) -> list[str]:
 def plan_phases(args, prediction_type: str, has_w: bool) -> list[Phase]:
     """The phases that this teacher still needs, with App. A's priors in each part [D8]."""
     names = ["v"] * (prediction_type != "v_prediction") + ["gc"] * (not has_w)
-    phases = [Phase(name, args.updates[name], [1.0], [0.0]) for name in names]
+    phases = [Phase(name, args.updates[name], [1.0] * 2, [0.0] * 2) for name in names]
     for name in halvings(args.teacher_steps, args.student_steps):
         updates = args.updates.get(name, args.updates["16"])  # a number of steps that the recipe does not list
         p_forward, rate = ([*v, *v][:2][: len(updates)] for v in (args.p_forward, args.student_rate))
@@ -383,7 +389,7 @@ def convert(run: Run, phase: Phase, evaluation: PairedEvaluation, folder: Path, 
         student.renew_optimizer()
         run.labels = {"phase": phase.name, "part": part + 1, "buffer_size": 0}
         for _ in run.updates(f"{phase.name} part {part + 1}", n, args.learning_rate[0], sample):
-            source = prior.draw(0)  # always "forward"
+            source = prior.draw(part)  # Alg. 1 line 2: "forward", as the student has no states of its own yet
             for _ in run.minibatches(student):
                 x, cond = data_batch(run)
                 if phase.name == "v":
