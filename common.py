@@ -23,6 +23,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import zipfile
 from collections import Counter, deque
@@ -31,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import partial, partialmethod
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from weakref import WeakSet
@@ -996,7 +997,7 @@ def report_on_data(args, pipe, rows: Rows, accelerator) -> str:
     lines.append(("captions cut", f"{n_cut}, to {tokenizer.model_max_length} tokens"))
     if examples:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        save_sheet(sheet, examples, label_width=450)
+        save_sheet(sheet, examples)
         small, middle = sum(side < 1 for side in sides), sorted(sides)[len(sides) // 2]
         sizes = f"{small} smaller than {shape[0]} x {shape[1]}, which are enlarged; median {middle:.2f} times that"
         lines += [("sizes", sizes), ("examples", sheet)]
@@ -1300,7 +1301,11 @@ threshold = number(str, "measured, none or > 0", lambda x: x in ("measured", "no
 
 
 def parser_of(doc: str, usage: str) -> argparse.ArgumentParser:
-    """A script's parser. From now on what its terminal, pipe or log has no letters for is printed as \\N codes."""
+    """A script's parser. From now on what its terminal, pipe or log has no letters for is printed as \\N codes, and bars, the
+    libraries' too, show only what takes two seconds or more."""
+    from tqdm import tqdm
+
+    tqdm.__init__ = partialmethod(tqdm.__init__, delay=2)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -1668,34 +1673,30 @@ class Metrics:
         replacement.replace(self.path)
 
 
-def save_preview(path: Path, pipe, rows: dict[str, Tensor]) -> None:
-    """PNG with one labelled row of images for each entry; latents [n, C, h, w], the same noise in each column."""
-    from PIL import Image
-
-    pictures, place = {}, pipe.vae.device
-    for name, latents in rows.items():
-        with torch.no_grad():  # one by one: memory for a batch of decodes may not be left beside a student in training
-            latents = latents / pipe.vae.to(latents.device).config.scaling_factor
-            pixels = torch.cat([pipe.vae.decode(z, return_dict=False)[0] for z in latents.split(1)])
-        pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()  # [n, H, W, 3]
-        pictures[name] = [Image.fromarray(picture.numpy()) for picture in pixels]
-    pipe.vae.to(place)
-    save_sheet(path, pictures)
-
-
-def save_sheet(path: Path, rows: dict[str, list], label_width: int = 110) -> None:
-    """PNG with one labelled row of PIL images for each entry; small images are enlarged."""
-    from PIL import Image, ImageDraw
+def save_sheet(path: Path, rows: dict[str, list], captions: Sequence[str] = ()) -> None:
+    """PNG with one labelled row of PIL images for each entry, captions above the columns; small images are enlarged."""
+    from PIL import Image, ImageDraw, ImageFont
 
     (width, height), n = next(iter(rows.values()))[0].size, max(map(len, rows.values()))
-    zoom = max(1, 64 // height)
-    sheet = Image.new("RGB", (label_width + n * (width * zoom + 2), len(rows) * (height * zoom + 2)), "white")
+    zoom = max(1, 96 // height)
+    width, height = width * zoom, height * zoom
+    size = max(10, height // 24)
+    font, line = ImageFont.load_default(size), size + 3
+    chars = lambda width: max(8, int(width / font.getlength("n")))
+    fit = lambda text, width, lines: textwrap.wrap(text, chars(width), break_long_words=False)[:lines]
+    labels = [fit(name, 14 * size, height // line) for name in rows]
+    above = [fit(caption, width, 4) for caption in captions]
+    left = 8 + round(max(font.getlength(text) for label in labels for text in label))
+    top = line * max(map(len, above), default=0)
+    sheet = Image.new("RGB", (left + n * (width + 2), top + len(rows) * (height + 2)), "white")
     draw = ImageDraw.Draw(sheet)
-    for r, (name, pictures) in enumerate(rows.items()):
-        draw.text((4, int((r + 0.5) * (height * zoom + 2)) - 6), name, fill="black")
+    for i, text in enumerate(above):
+        draw.text((left + i * (width + 2), 0), "\n".join(text), "black", font)
+    for r, (label, pictures) in enumerate(zip(labels, rows.values())):
+        y = top + r * (height + 2)
+        draw.text((4, y + (height - line * len(label)) // 2), "\n".join(label), "black", font)
         for i, picture in enumerate(pictures):
-            picture = picture.resize((width * zoom, height * zoom), Image.NEAREST)
-            sheet.paste(picture, (label_width + i * (width * zoom + 2), r * (height * zoom + 2)))
+            sheet.paste(picture.resize((width, height), Image.NEAREST), (left + i * (width + 2), y))
     sheet.save(path)
 
 
@@ -1730,10 +1731,10 @@ FULL_STATE = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True, 
 
 @dataclass
 class TrainableNetwork:
-    """A network under the engine with its optimiser; `plain` has the same weights without the wrapper, for rollouts."""
+    """A network under the engine with its optimiser; `unwrapped` has the same weights without the wrapper, for rollouts."""
 
     network: torch.nn.Module
-    plain: torch.nn.Module
+    unwrapped: torch.nn.Module
     optimizer: torch.optim.Optimizer
 
     @property
@@ -1782,9 +1783,9 @@ class Run:
         if self.args.resume:
             refuse_changes(self.resume_invariants, read_config(self.out))
 
-    def open(self, script: str, labels, columns, plan: dict, networks=None, need_images=True) -> None:
-        """Data, support [D15], random streams, metrics and folder. Ends here for --dry_run, which also prints `plan`, and
-        --check_data. `networks`: by name, what a resumed run must find unchanged (the teacher's UNet)."""
+    def open(self, script: str, labels, columns, phases: dict[str, int], plan: dict, networks=None, need_images=True):
+        """Data, support [D15], random streams, metrics and folder. `phases`: what each does -> its updates. Ends here for
+        --check_data and --dry_run, which also prints `plan`. `networks`: what a resumed run must find unchanged."""
         from accelerate.utils import set_seed
 
         args, device, networks = self.args, self.device, networks or {"teacher": self.pipe.unet}
@@ -1792,6 +1793,8 @@ class Run:
         named = {"image": args.image_column, "caption": args.caption_column}
         rows = open_rows(args.data, need_images=need_images, streaming=args.streaming, **named)
         self.held_out = rows.held_out
+        n = min(8, len(rows.held_out))
+        self.preview_captions = [rows.held_out[i * len(rows.held_out) // n] for i in range(n)]
         if args.reflect == "measured" and "image" not in rows.train.column_names:
             raise SystemExit(f"--reflect measured: --data {args.data} has no images to measure; give a radius, or none")
         if args.check_data:
@@ -1810,6 +1813,7 @@ class Run:
         cache = args.cache_latents and need_images
         place = args.batch_size, args.seed, self.rank, self.n_ranks
         self.data = LatentData(rows.train, self.pipe, self.prompts, *place, self.rng, cache)
+        self.n_phases, self.n_updates = len(phases), sum(phases.values())
         self.support = make_support(args.reflect, self.data)
         self.null = self.prompts.null()
         self.metrics = Metrics(self.out / "metrics.csv", labels, columns, device)
@@ -1837,8 +1841,15 @@ class Run:
             raise SystemExit(f"--output_dir {self.out}: process {self.rank} does not see it; all nodes must share it")
         if args.report_to:
             self.accelerator.init_trackers(Path(script).stem, config={k: str(v) for k, v in vars(args).items()})
+        samples = "samples as they are read"
+        if not args.streaming:
+            skipped = len(rows.train) - len(self.data.rows)  # of latents that are cached; others are skipped on the way
+            samples = f"{len(self.data.rows):,} samples" + f" ({skipped} unusable are skipped)" * (skipped > 0)
+        self.print(f"{args.teacher} is distilled on {args.data}: {samples}, {len(self.held_out):,} held-out captions")
+        self.print("updates: " + "; ".join(f"{what}, {n:,}" for what, n in phases.items()))
+        self.print(f"pictures in {self.out / 'samples'}, numbers in {self.metrics.path}")
         done = int(self.pending_checkpoint.name.strip("+")) if self.pending_checkpoint else 0
-        self.print(f"{self.out}: {'resuming' if done else 'starting'} at update {done + 1}")
+        self.print(f"{self.out}: {'resuming' if done else 'starting'} at update {done + 1} of {self.n_updates:,}")
 
     def checkpoint_to_resume(self) -> Path | None:
         """The newest whole one, the same on all ranks; None if there is none yet. SystemExit if all are damaged."""
@@ -1987,9 +1998,9 @@ class Run:
         return lo + (hi - lo) * torch.rand(n, generator=self.rng, device=self.device)
 
     def preview_row(self, sample: Callable[[Tensor, dict, torch.Generator], Tensor], w: float) -> Tensor:
-        """sample(z, cond, generator) for eight held-out prompts, always the same, in batches no larger than in training."""
-        n, noise = min(8, len(self.held_out)), torch.Generator(self.device).manual_seed(1)
-        ids = self.prompts.tokenize([self.held_out[i * len(self.held_out) // n] for i in range(n)])
+        """sample(z, cond, generator) for the preview's captions, in batches no larger than in training."""
+        ids, noise = self.prompts.tokenize(self.preview_captions), torch.Generator(self.device).manual_seed(1)
+        n = len(ids)
         z = noise_of(range(n), latent_shape(self.pipe), seed=1)
         rows = []
         for part in torch.arange(n).split(self.args.batch_size):
@@ -1998,9 +2009,21 @@ class Run:
         return torch.cat(rows)
 
     def save_preview(self, rows: dict[str, Tensor], suffix: str = "") -> None:
-        """samples/UPDATE.png from latents; all ranks make them, as a network may be sharded."""
-        if self.accelerator.is_main_process:
-            save_preview(self.out / "samples" / f"{self.progress['total']:06d}{suffix}.png", self.pipe, rows)
+        """samples/UPDATE.png of preview_row's latents by name; all ranks make them, as a network may be sharded."""
+        if not self.accelerator.is_main_process:
+            return
+        pipe, pictures = self.pipe, {}
+        place = pipe.vae.device
+        for name, latents in rows.items():
+            latents = latents / pipe.vae.to(latents.device).config.scaling_factor
+            with (
+                torch.no_grad()
+            ):  # one by one: memory for a batch of decodes may not be left beside a student in training
+                pixels = torch.cat([pipe.vae.decode(z, return_dict=False)[0] for z in latents.split(1)])
+            pictures[name] = pipe.image_processor.postprocess(pixels, output_type="pil")
+        pipe.vae.to(place)
+        file = self.out / "samples" / f"{self.progress['total']:06d}{suffix}.png"
+        save_sheet(file, pictures, self.preview_captions)
 
     # phases
 
@@ -2037,8 +2060,9 @@ class Run:
             self.exit_after_save()
         if start == 0:
             self.save_preview_once(sample)
-        bar = tqdm(initial=start, total=n, desc=loop, disable=self.rank != 0 or start >= n, dynamic_ncols=True)
-        clock = time.time()
+        title, silent = self.title_of(loop), self.rank != 0 or start >= n
+        bar = tqdm(initial=start, total=n, desc=title, disable=silent, dynamic_ncols=True)
+        began = clock = time.time()
         for update in range(start, n):
             rate = learning_rate(update, n, self.args.warmup, peak, decay)
             for trained in self.trained.values():
@@ -2049,12 +2073,15 @@ class Run:
             yield update
             self.progress |= {"loop": loop, "update": update + 1, "total": self.progress["total"] + 1}
             self.progress["forwards"] += sum(model.forwards for model in self.models)
+            if self.n_phases > 1:
+                left = (time.time() - began) / (update + 1 - start) * (self.n_updates - self.progress["total"])
+                bar.set_postfix_str(f"about {tqdm.format_interval(left)} left in all", refresh=False)
             bar.update()
             total, is_last = self.progress["total"], update + 1 == n
             is_logged, due = (total % every == 0 or is_last for every in (self.args.log_every, self.args.save_every))
             stop = self.n_ranks_stopping > 0
             if is_logged:
-                self.log(loop, n, rate, time.time() - clock)
+                self.log(title, n, rate, time.time() - clock)
                 clock = time.time()
             if (due or stop) and self.pending_checks:
                 self.check_finite()
@@ -2067,6 +2094,12 @@ class Run:
                 bar.close()
                 self.exit_after_save()
         bar.close()
+
+    def title_of(self, loop: str) -> str:
+        """A loop's name with its phase's place in the whole: "8 part 2" -> "8 steps 4/5, part 2"."""
+        name, _, part = loop.partition(" part ")
+        place = f" {self.progress['phase'] + 1}/{self.n_phases}" if self.n_phases > 1 else ""
+        return name + " steps" * name.isdigit() + place + f", part {part}" * (part > "1")
 
     def exit_after_save(self) -> None:
         """The end of a run that was asked to stop, after a checkpoint."""
@@ -2137,7 +2170,7 @@ class Run:
         for column, values in columns.items():
             self.metrics.add(column, values)
 
-    def log(self, loop: str, n: int, rate: float, seconds: float) -> None:
+    def log(self, title: str, n: int, rate: float, seconds: float) -> None:
         """A row of metrics.csv and a line; at a loop's first and last one a warning where `reflect` distorts or is idle."""
         from tqdm import tqdm
 
@@ -2149,7 +2182,7 @@ class Run:
         if self.rank == 0:
             shown = [name for name in ("loss", "loss_matching", "loss_fake") if name in means]
             losses = " ".join(f"{name} {means[name]:.4f}" for name in shown)
-            tqdm.write(f"{loop}: {update}/{n} {losses} lr {rate:.1e}")
+            tqdm.write(f"{title}: {update}/{n} {losses} lr {rate:.1e}")
             moved = {name: value for name, value in means.items() if name.startswith("moved_")}
             if self.support and moved and (update <= self.args.log_every or update == n):
                 distorts, is_idle = max(moved.values()) > 0.2, update == n and not any(moved.values())
@@ -2245,6 +2278,12 @@ class Run:
         if self.accelerator.is_main_process:
             self.metrics.truncate(self.progress["rows"])
 
-    def end(self, message: str) -> None:
-        self.print(message)
+    def end(self, steps: int, w: str, example: float) -> None:
+        """Where the student is, its last picture, and a line that samples it, with `example` as guidance scale."""
+        pipeline, pictures = self.out / "pipeline", sorted((self.out / "samples").glob("*.png"))
+        prompt = re.sub(r"[^\w ,.-]", "", self.held_out[0])  # as it goes through any shell
+        sample = f"P.from_pretrained('{pipeline.as_posix()}')('{prompt}', num_inference_steps={steps}, guidance_scale={example})"
+        code = f"from diffusers import DiffusionPipeline as P; {sample}.images[0].save('sample.png')"
+        self.print(f"done: {pipeline} samples in {steps} steps, guidance_scale {w}")
+        self.print(f'look at {pictures[-1]}\nor try: python -c "{code}"')
         self.accelerator.end_training()

@@ -428,7 +428,8 @@ def make_preview(run: Run, nets: Networks, grids: list[list[int]]) -> Callable[[
         _, x_real, x_fake = matching_gradient(run.schedule, *scores, x_g, tau, cond, None, noise)
         return torch.stack([x_g, x_real, x_fake], dim=1)
 
-    rows = {f"teacher, {len(grid)} steps": teacher_row(grid) for grid in reversed(grids)}
+    rows = {f"teacher, {len(grids[1])} steps": teacher_row(grids[1])}
+    rows[f"teacher, {len(timesteps)} steps, undistilled"] = teacher_row(timesteps)
     names = f"student, {len(timesteps)} steps", "x_real of it", "x_fake of it"
     return lambda: run.save_preview(rows | dict(zip(names, run.preview_row(student, w).unbind(dim=1))))
 
@@ -467,7 +468,7 @@ def main(argv=None) -> None:
     plan["networks"] = "student, critic" + (" (without its LoRA the teacher)" if is_critic_s else ", frozen teacher")
     labels = ["total_updates", "unet_forwards", "lr", "seconds"]
     networks = {name: pipe.unet for name, pipe in pipes.items()}
-    run.open(__file__, labels, columns_of(timesteps), plan, networks, need_images)
+    run.open(__file__, labels, columns_of(timesteps), {"distribution matching": n}, plan, networks, need_images)
     nets = networks_of(run, pipes)
     schedule, noise = run.schedule, run.rng
     models = nets.rollout_student, nets.real_score  # of trajectories: student and teacher
@@ -511,7 +512,7 @@ def main(argv=None) -> None:
         final = run.save_lora(final, args.student_init or args.teacher) if args.lora_rank else final
         scheduler = lcm_scheduler(pipes["student"], args.student_steps)
         run.save_student(run.out / "pipeline", final, scheduler, args.student_steps, w)
-    run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {w}")
+    run.end(args.student_steps, w, float(w))
 
 
 if __name__ == "__main__":

@@ -1273,7 +1273,7 @@ def report(ev: Evaluation, results: list[dict], rows: list[dict], gaps: list[dic
         for result in results:
             files = sorted((ev.out / "images" / result["key"]).glob("*.png"))[:8]
             sheet.setdefault(f"{result['label']}, {result['steps']} steps", [Image.open(file) for file in files])
-        save_sheet(ev.out / "contact.png", sheet, label_width=200)
+        save_sheet(ev.out / "contact.png", sheet, ev.prompts[:8])
     return "\n\n".join(tables)
 
 

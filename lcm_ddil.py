@@ -240,7 +240,7 @@ def main(argv=None) -> None:
     labels = ["part", "total_updates", "unet_forwards", "lr", "seconds"]
     sources = ["loss", "loss_forward", "loss_teacher", "loss_student", *[f"loss_t{t}" for t in range(99, 1000, 100)]]
     columns = [*sources, "t_mean", "grad_norm", "moved_by_reflect", "moved_in_target"]
-    run.open(__file__, labels, columns, plan={"updates in all": n})
+    run.open(__file__, labels, columns, {"latent consistency": n}, plan={})
 
     schedule = run.schedule
     student, ema, guided = networks_of(run)
@@ -258,7 +258,8 @@ def main(argv=None) -> None:
         sample = lambda z, cond, noise: consistency_rollout(schedule, rollout_student, z, path, cond, noise)[-1]
         return run.preview_row(sample, w)
 
-    rows = {f"teacher, {len(timesteps)} steps": teacher_row(timesteps) for timesteps in (grid, few)}
+    rows = {f"teacher, {len(grid)} steps": teacher_row(grid)}
+    rows[f"teacher, {len(few)} steps, undistilled"] = teacher_row(few)
 
     def sample() -> None:
         run.save_preview(rows | {f"student, {len(few)} steps": student_row()})
@@ -291,7 +292,7 @@ def main(argv=None) -> None:
         final = run.save_lora(final, args.teacher) if args.lora_rank else final
         scheduler = lcm_scheduler(run.pipe, args.teacher_steps)
         run.save_student(run.out / "pipeline", final, scheduler, args.student_steps, w)
-    run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {w}")
+    run.end(args.student_steps, w, 1.0 if args.lora_rank else args.eval_guidance_scale)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ Plain PD is --p_forward 1. What the paper adds to it: grep "# DDIL:" pd_ddil.py 
 """
 
 import copy
+import csv
 import shutil
 from argparse import ArgumentTypeError
 from functools import cached_property, partial
@@ -215,6 +216,10 @@ class Phase(NamedTuple):
     p_forward: list[float]  # of each part
     student_rate: list[float]
 
+    @property
+    def title(self) -> str:
+        return {"v": "v: eps to v", "gc": "gc: guidance as an input"}.get(self.name, f"{self.name} steps")
+
 
 def halvings(teacher_steps: int, student_steps: int) -> list[str]:
     """Students' steps, e.g. 32, 4 -> ["16", "8", "4"]."""
@@ -225,7 +230,7 @@ def halvings(teacher_steps: int, student_steps: int) -> list[str]:
 def plan_phases(args, prediction_type: str, has_w: bool) -> list[Phase]:
     """The phases that this teacher still needs, with App. A's priors in each part [D8]."""
     names = ["v"] * (prediction_type != "v_prediction") + ["gc"] * (not has_w)
-    phases = [Phase(name, args.updates[name], [1.0] * 2, [0.0] * 2) for name in names]
+    phases = [Phase(name, u := args.updates[name], [1.0] * len(u), [0.0] * len(u)) for name in names]
     for name in halvings(args.teacher_steps, args.student_steps):
         updates = args.updates.get(name, args.updates["16"])  # a number of steps that the recipe does not list
         p_forward, rate = ([*v, *v][:2][: len(updates)] for v in (args.p_forward, args.student_rate))
@@ -301,6 +306,15 @@ class PairedEvaluation:
         line = "{} steps: paired trajectory error {paired_error}, undistilled {paired_error_undistilled}, "
         self.run.print((line + "to its own teacher {stage_error}").format(steps, **errors))
         return errors
+
+
+def table_of_errors(path: Path) -> str:
+    """The rows that report() left in metrics.csv."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["paired_error"]]
+    lines = [(r["phase"], r["paired_error"], r["paired_error_undistilled"], r["stage_error"]) for r in rows]
+    lines = [("steps", "paired error", "undistilled", "stage error"), *lines]
+    return "\n".join("{:>5} {:>13} {:>12} {:>12}".format(*line) for line in lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -411,7 +425,9 @@ def halve(run: Run, phase: Phase, dagger: DAggerBuffer, evaluation: PairedEvalua
     grid = torch.tensor([*timestep_grid(2 * steps), CLEAN], device=run.device)  # the teacher's
 
     def sample() -> None:
-        rows = {f"gc, {n} steps": evaluation.reference[f"grid_{n}"] for n in (args.teacher_steps, steps)}
+        names = {f"guided model, {args.teacher_steps} steps": args.teacher_steps}
+        names[f"guided model, {steps} steps, undistilled"] = steps
+        rows = {name: evaluation.reference[f"grid_{n}"] for name, n in names.items()}
         rows[f"student, {steps} steps"] = evaluation.preview_row(rollout_student, steps)
         run.save_preview(rows, f"-{phase.name}")
 
@@ -453,7 +469,8 @@ def main(argv=None) -> None:
     errors = ["paired_error", "paired_error_undistilled", "stage_error"]
     losses = ["loss", "loss_forward", "loss_dagger", *[f"loss_t{t}" for t in timestep_grid(args.teacher_steps // 2)]]
     columns = [*losses, "t_mean", "grad_norm", "buffer_age", "student_moves", "moved_by_reflect"]
-    run.open(__file__, labels + errors, columns, plan={f"phase {phase.name}": phase for phase in phases})
+    updates = {phase.title: sum(phase.updates) for phase in phases}
+    run.open(__file__, labels + errors, columns, updates, plan={f"phase {phase.name}": phase for phase in phases})
     names = [phase.name for phase in phases]
     folders = [Path(args.teacher), *[run.out / "stages" / name for name in names]]  # phase i distils folders[i]
     dagger = DAggerBuffer(args.buffer_size, run.device, derive_seed(args.seed, "dagger", run.rank))
@@ -466,8 +483,8 @@ def main(argv=None) -> None:
             convert(run, phase, evaluation, folders[i], folders[i + 1])
     if run.accelerator.is_main_process:
         replace_folder(run.out / "pipeline", partial(shutil.copytree, folders[-1], dirs_exist_ok=True))
-    lo, hi = args.guidance_range
-    run.end(f"done: {run.out / 'pipeline'} samples in {args.student_steps} steps, guidance_scale {lo} to {hi}")
+        run.print(table_of_errors(run.metrics.path))
+    run.end(args.student_steps, "{} to {}".format(*args.guidance_range), args.eval_guidance_scale)
 
 
 if __name__ == "__main__":

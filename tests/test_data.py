@@ -409,7 +409,7 @@ def test_images_are_decoded_ahead(streaming, tmp_path, teacher_folder, monkeypat
     alone = captions_of(prompts_alone, 3, prompts=True)
     assert not decoded
     batches = captions_of(data, 3)
-    assert len(data.ahead) == 8
+    assert len(data.prefetched) == 8
     assert alone == batches
     assert captions_of(data, 2, prompts=True) == captions_of(prompts_alone, 2)
     assert captions_of(data, 2) == captions_of(prompts_alone, 2)

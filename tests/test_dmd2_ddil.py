@@ -137,7 +137,7 @@ def opened(teacher_folder, data_folder, tmp_path_factory):
     """(run, networks) as main() sets them up."""
     with signals_kept():
         run = Run(parse_args(arguments(tmp_path_factory.mktemp("run"), teacher_folder, data_folder, "--reflect 0.5")))
-        run.open(dmd2_ddil.__file__, [], [], plan={})
+        run.open(dmd2_ddil.__file__, [], [], {}, plan={})
     return run, dmd2_ddil.networks_of(run, dmd2_ddil.load_pipes(run))
 
 
@@ -207,7 +207,7 @@ def test_loras_on_two_bases(fake, half, tmp_path, folder_of, data_folder, monkey
     flags = arguments(tmp_path / "run", teacher, data_folder, f"--lora_rank 2 {fake.format(base)}")
     with signals_kept():
         run = Run(parse_args(flags))
-        run.open(dmd2_ddil.__file__, [], [], plan={})
+        run.open(dmd2_ddil.__file__, [], [], {}, plan={})
     nets = dmd2_ddil.networks_of(run, dmd2_ddil.load_pipes(run))
     x, cond = dmd2_ddil.data_batch(run, need_images=True)
     t, dtype = torch.full((4,), 499), torch.bfloat16 if half else torch.float32

@@ -32,7 +32,9 @@ def nonlinear_model(z_t, t, cond):
 def open_run(script, flags: str) -> Run:
     with signals_kept():
         run = Run(script.parse_args(flags.split()))
-        run.open(script.__file__, [], ["buffer_age", "student_moves", "moved_by_reflect", "moved_in_target"], plan={})
+        run.open(
+            script.__file__, [], ["buffer_age", "student_moves", "moved_by_reflect", "moved_in_target"], {}, plan={}
+        )
     return run
 
 
