@@ -1681,7 +1681,7 @@ def save_sheet(path: Path, rows: dict[str, list], captions: Sequence[str] = ()) 
     zoom = max(1, 96 // height)
     width, height = width * zoom, height * zoom
     size = max(10, height // 24)
-    font, line = ImageFont.load_default(size), size + 3
+    font, line = ImageFont.load_default(size), size + 4
     chars = lambda width: max(8, int(width / font.getlength("n")))
     fit = lambda text, width, lines: textwrap.wrap(text, chars(width), break_long_words=False)[:lines]
     labels = [fit(name, 14 * size, height // line) for name in rows]

@@ -1119,16 +1119,19 @@ def main_table(ev: Evaluation, results: list[dict]) -> str:
     return markdown([*header, *[f"paper: {c} ({source})" for c in columns]], rows)
 
 
-def arm_means(rows: list[dict], label: str, kind: str, metric: str) -> dict[str, float]:
-    """Arm -> mean of a metric over runs and seeds."""
+Scores = dict[str, tuple[float, float | None]]  # name -> mean over runs and seeds, and its standard error
+
+
+def arm_scores(rows: list[dict], label: str, kind: str, metric: str) -> Scores:
+    """Of each arm."""
     groups = grouped([row for row in rows if (row["label"], row["kind"]) == (label, kind)], "arm")
-    return {arm: over_runs([row["scores"][metric]["value"] for row in group])[0] for (arm,), group in groups.items()}
+    return {arm: over_runs([row["scores"][metric]["value"] for row in group]) for (arm,), group in groups.items()}
 
 
-def gap_means(gaps: list[dict], label: str) -> list[dict]:
-    """Mean over runs and seeds of shift_gap's rows."""
+def gap_scores(gaps: list[dict], label: str) -> list[Scores]:
+    """Of shift_gap's columns, at each timestep."""
     found = zip(*[gap["value"] for gap in gaps if gap["label"] == label])
-    return [{name: over_runs([row[name] for row in at])[0] for name in at[0]} for at in found]
+    return [{name: over_runs([row[name] for row in at]) for name in at[0]} for at in found]
 
 
 def shift_tables(ev: Evaluation, rows: list[dict], gaps: list[dict]) -> str:
@@ -1143,15 +1146,15 @@ def shift_tables(ev: Evaluation, rows: list[dict], gaps: list[dict]) -> str:
         labels, arms = [label for (label,) in grouped(group, "label")], [arm for (arm,) in grouped(group, "arm")]
         columns = {}
         for label, metric in product(labels, ev.image_metrics):
-            means = arm_means(rows, label, kind, metric)
-            columns[f"{label}: {ev.title(metric)}"] = [format_score(means.get(arm)) for arm in arms]
+            scores = arm_scores(rows, label, kind, metric)
+            columns[f"{label}: {ev.title(metric)}"] = [format_score(*scores.get(arm, (None,))) for arm in arms]
         if set(arms) & set(PAPER_SHIFT) and any(row["steps"] == 4 for row in group):
             for i, title in enumerate(("paper: FID (COCO17-5K)", "paper: CLIP (COCO17-5K)")):
                 columns[title] = [f"{PAPER_SHIFT[arm][i]:g}" if arm in PAPER_SHIFT else "-" for arm in arms]
         parts.append(f"{captions[kind]}\n\n{markdown(['', *columns], [*zip(arms, *columns.values())])}")
     for (label,) in grouped(gaps, "label"):
-        means = gap_means(gaps, label)
-        lines = [[f"{v:.0f}" if name == "t" else format_score(v) for name, v in row.items()] for row in means]
+        means = gap_scores(gaps, label)
+        lines = [[f"{v:.0f}" if name == "t" else format_score(v, e) for name, (v, e) in row.items()] for row in means]
         title = f"{label}: visited latents beside forward-diffused ones of the same captions"
         parts.append(f"{title}\n\n{markdown([*means[0]], lines)}")
     return "\n\n".join(parts)
@@ -1159,59 +1162,70 @@ def shift_tables(ev: Evaluation, rows: list[dict], gaps: list[dict]) -> str:
 
 @contextmanager
 def saved_figure(file: Path, height: int, width: int):
-    """The axes [height, width] of a figure that is then saved, with a legend wherever something was drawn."""
+    """The axes [height, width] of a figure that is then saved, with a legend wherever something was named."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(height, width, figsize=(14 / 3 * width, 3.8 * height), squeeze=False)
+    size = {"figsize": (14 / 3 * width, 3.8 * height), "layout": "constrained"}
+    figure, axes = plt.subplots(height, width, squeeze=False, **size)
     yield axes
     for axis in axes.flat:
-        if axis.lines:
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
 def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -> None:
-    """A row of panels for each metric of the arms (at most two), one for the shift itself; a colour for each student."""
+    """A row of panels for each metric of the arms (at most two), one for the shift itself. Colours tell students, line
+    styles who moves; what is the same for all students is black."""
+    from matplotlib.lines import Line2D
+
     best = [m for m in ("fid", "fd", "alignment", "clip", "hps", "coverage") if m in ev.image_metrics]
     metrics = best[:2] if rows else []
-    height = len(metrics) + bool(gaps)
+    labels = [label for (label,) in grouped([*rows, *gaps], "label")]
+    styles = {"student": "--", "teacher": "-", "other images": ":"}
+    shifts = [  # columns of shift_gap, title
+        (
+            [("FD, student", "--"), ("FD, teacher", "-"), ("FD, other images", ":")],
+            "visited to forward-diffused latents",
+        ),
+        ([("FD, student to teacher", "--")], "visited latents to the guided model's own"),
+        ([("disagreement, visited / forward", "--")], "disagreement on visited / forward-diffused"),
+    ]
 
-    def draw(axis, means: dict[str, float], line: str, colour: str, legend: str) -> None:
-        if means:
-            ticks = [name.rpartition(" ")[2] for name in means]
-            axis.plot(ticks, list(means.values()), line, color=colour, label=legend)
+    def draw(axis, curves: list[Scores], line: str) -> None:
+        is_shared = len(labels) > 1 and all(scores == curves[0] for scores in curves)
+        for i, scores in enumerate(curves[:1] if is_shared else curves):
+            if scores:
+                (means, errors), ticks = zip(*scores.values()), [name.rpartition(" ")[2] for name in scores]
+                bars, colour = None if None in errors else errors, "black" if is_shared else f"C{i}"
+                axis.errorbar(ticks, means, bars, fmt=line, capsize=2, color=colour)
 
-    with saved_figure(file, height, 3) as axes:
-        for i, (label,) in enumerate(grouped([*rows, *gaps], "label")):
-            for panels, metric in zip(axes, metrics):
-                mix, switch, interval = (arm_means(rows, label, kind, metric) for kind in ("mix", "switch", "interval"))
-                draw(panels[0], mix, "o-", f"C{i}", label)
-                for own, line in ("student", "o--"), ("teacher", "o-"):
-                    alone = interval.pop(f"{own} alone", None)
-                    first, there = ({a: v for a, v in arms.items() if a.startswith(own)} for arms in (switch, interval))
-                    draw(panels[1], first, line, f"C{i}", f"{label}: {own} first")
-                    draw(panels[2], there, line, f"C{i}", f"{label}: {own}, but the other there")
-                    if alone is not None:
-                        panels[2].axhline(alone, linestyle=line[1:], linewidth=0.8, color=f"C{i}", alpha=0.6)
-                panels[0].set(title="mixed (Table 5)", xlabel="probability of the teacher", ylabel=ev.title(metric))
-                panels[1].set(title="switched (Tables 6, 7)", xlabel="second moves from t", ylabel=ev.title(metric))
-                panels[2].set(title="one interval handed over (Fig. 4; thin: none)", xlabel="interval that starts at t")
-            sources = ("student", "teacher", "other images")
-            panels = [
-                ("FD", sources, "visited and forward-diffused latents", "Frechet distance"),
-                ("disagreement", ("visited / forward",), "disagreement about x", "on visited / on forward-diffused"),
-                ("std", sources, "spread of visited latents", "std / std of forward-diffused"),
-            ]
-            for axis, (what, names, title, y) in zip(axes[-1], panels if gaps else ()):
-                for name, line in zip(names, ("o-", "o--", "o:")):
-                    means = {f"{row['t']:.0f}": row[f"{what}, {name}"] for row in gap_means(gaps, label)}
-                    draw(axis, means, line, f"C{i}", f"{label}: {name}")
-                axis.set(title=title, xlabel="t", ylabel=y)
+    def arms(kind: str, metric: str, first: str = "") -> list[Scores]:
+        found = [arm_scores(rows, label, kind, metric) for label in labels]
+        is_shown = lambda arm: arm.startswith(first) and not arm.endswith("alone")
+        return [{arm: score for arm, score in scores.items() if is_shown(arm)} for scores in found]
+
+    with saved_figure(file, len(metrics) + bool(gaps), 3) as axes:
+        for panels, metric in zip(axes, metrics):
+            draw(panels[0], arms("mix", metric), "-")
+            for who, (axis, kind) in product(("student", "teacher"), zip(panels[1:], ("switch", "interval"))):
+                draw(axis, arms(kind, metric, who), styles[who])
+            panels[0].set(title="mixed (Table 5)", xlabel="probability of the teacher", ylabel=ev.title(metric))
+            panels[1].set(title="switched (Tables 6, 7): who is first", xlabel="second moves from t")
+            panels[2].set(title="one interval handed over (Fig. 4)", xlabel="interval that starts at t")
+        found = [gap_scores(gaps, label) for label in labels]
+        for axis, (columns, title) in zip(axes[-1], shifts if gaps else ()):
+            for column, line in columns:
+                draw(axis, [{f"{row['t'][0]:.0f}": row[column] for row in at} for at in found], line)
+            axis.set(title=title, xlabel="t", ylabel="ratio" if "/" in column else "Frechet distance")
+        named = [Line2D([], [], color=f"C{i}", label=label) for i, label in enumerate(labels)]
+        named += [Line2D([], [], color="black", label="the same for all")] * (len(labels) > 1)
+        named += [Line2D([], [], color="grey", linestyle=line, label=who) for who, line in styles.items()]
+        axes[0, 0].figure.legend(handles=named, loc="outside lower center", ncols=len(named))
 
 
 # Panels of --curves: title, and the columns of metrics.csv that it shows
@@ -1235,20 +1249,38 @@ def run_with_rows(model: str) -> tuple[str, Path, str]:
     return label or label_of(script, read_config(run), "pipeline"), run, script
 
 
+def mark_phases(axes, rows: list[dict]) -> None:
+    """Vertical lines where PD's phases begin, with their names."""
+    starts, last = {}, 0
+    for row in rows:
+        starts.setdefault(row.get("phase"), last)
+        last = int(row["total_updates"])
+    for axis in axes if None not in starts else ():
+        for name, start in starts.items():
+            axis.axvline(start, color="lightgrey", linewidth=0.8, zorder=0)
+            axis.annotate(f" {name}", (start, 0.99), xycoords=("data", "axes fraction"), fontsize=7, va="top")
+
+
 def plot_curves(runs: Sequence[tuple[str, Path, str]], file: Path) -> None:
-    """A row of panels for each run: its metrics.csv, and dashed that of the embedded default (assets/results/curves)."""
+    """A row of panels for each run: its metrics.csv with vertical lines where phases begin, and dashed that of the embedded
+    default (assets/results/curves)."""
     with saved_figure(file, len(runs), 4) as axes:
         for (label, run, script), row in zip(runs, axes):
             title, own = OWN_CURVE[script]
             sources = run / "metrics.csv", TINY.parent / "results" / "curves" / f"{script}.csv"
             for source, style in zip(sources, ({}, {"linestyle": "--", "alpha": 0.4})):
                 found = [*csv.DictReader(source.read_text(encoding="utf-8").splitlines())]
+                if not style:
+                    mark_phases(row, found)
                 for axis, (what, columns) in zip(row, (CURVES | {title: own}).items()):
                     for i, name in enumerate(name for name in found[0] if re.fullmatch(columns, name)):
                         points = [(int(r["total_updates"]), float(r[name])) for r in found if r[name]]
                         more = {"label": None if style else name, "marker": "o" if len(points) < 12 else None}
                         axis.plot(*zip(*points), color=f"C{i % 10}", **style, **more)
-                    axis.set(title=what, xlabel="update", yscale="log" if "norm" in what else "linear")
+                    axis.set(
+                        title=what, xlabel="update", yscale="log" if what in ("loss", "gradient norm") else "linear"
+                    )
+            row[0].plot([], [], "--", color="grey", label="the embedded default")
             row[0].set_ylabel(label)
 
 
