@@ -72,7 +72,7 @@ RECIPES = {
 }  # fmt: skip
 GRAD_CLIP = 10.0  # DMD2's
 NOISE_RANGE = 20, 980  # noise levels of the matching gradient, both included
-ORIGINS = "noise", "forward", "teacher", "student"  # of what is trained on: pure noise at 999, or who made it
+ORIGINS = "noise", "forward", "teacher", "student"  # what a state is: pure noise at 999, or who made it
 ENCODER = 0.4  # of a UNet's forward: what the GAN's features cost (SD1.5 .33, SDXL .43 of its FLOPs)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,8 +193,8 @@ def cond_of(run: Run, ids: Tensor) -> dict:
 def student_states(
     run: Run, student: Model, teacher: Model, grids: tuple, source: str, actors: list[str], x: Tensor | None, cond: dict
 ) -> tuple[Tensor, Tensor]:
-    """(z_t, t) on which the student is trained, as far down its timesteps as models act (Alg. 1 lines 3-5). z at 999
-    is pure noise for every source. grids: the student's and the teacher's timesteps."""
+    """(z_t, t) to train the student on, after the transitions that `actors` make (Alg. 1 lines 3-5); at 999 z is pure noise
+    for every source. grids: the student's and the teacher's timesteps."""
     timesteps, teacher_grid = grids
     n = len(cond["w"])
     t = torch.full((n,), timesteps[len(actors)], device=run.device)
@@ -435,7 +435,7 @@ def make_preview(run: Run, nets: Networks, grids: list[list[int]]) -> Callable[[
 
 
 def columns_of(timesteps: list[int]) -> list[str]:
-    """Of metrics.csv."""
+    """The columns of metrics.csv."""
     matching = [f"loss_matching_{origin}" for origin in ORIGINS] + [f"loss_matching_t{t}" for t in timesteps]
     fake = [f"loss_fake_{origin}" for origin in ORIGINS]
     gradients = ["loss_gan", "loss_judge", "matching_norm", "gan_norm", "grad_norm_student", "grad_norm_critic"]

@@ -124,7 +124,7 @@ def forward_batch(run: Run, timesteps: list[int]) -> tuple[Tensor, Tensor, dict]
 
 # DDIL: the next two functions
 def sample_rollout_timesteps(run: Run, grid: list[int]) -> list[int]:
-    """A rollout's timesteps up to the point that becomes z_t: n steps, n from {3, 4, 5}, stopped at one of them [D12]."""
+    """Rollout timesteps down to that of z_t: an n-step grid, n from {3, 4, 5}, cut at a random point [D12]."""
     choices = run.args.rollout_steps
     n = choices[torch.randint(len(choices), (), generator=run.shared_rng)]
     j = torch.randint(0 if run.args.store_start else 1, n, (), generator=run.shared_rng)  # alike on all ranks [D14]

@@ -249,8 +249,8 @@ def export_stage(run: Run, unet, steps: int, out: Path, errors: dict | None = No
 
 
 class PairedEvaluation:
-    """Fixed held-out prompts, noises and w; end points of stages/gc as it teaches, reflected, against which every student
-    is paired."""
+    """Fixed held-out prompts, noises and w, and the end points of stages/gc as it teaches, reflected: every student is
+    compared with them."""
 
     def __init__(self, run: Run, gc: Path):
         self.run, self.gc, captions = run, gc, run.held_out
@@ -280,8 +280,8 @@ class PairedEvaluation:
 
     @cached_property
     def reference(self) -> dict[str, Tensor]:
-        """Of stages/gc: end points at "32" steps, reflected, and, undistilled, at the students' "16", ...; rows "grid_32",
-        ... of the pictures. Made anew where a run is resumed, as captions may be others by then; six updates' worth in sd15."""
+        """What stages/gc gives: end points at "32" steps, reflected, and, undistilled, at the students' "16", ...; rows
+        "grid_32", ... of the pictures. A resumed run makes them anew, as captions may have changed; six updates' worth in sd15."""
         run, args = self.run, self.run.args
         unet = load_pipeline(str(self.gc), resolution=args.resolution).unet
         gc = run.model(unet.to(run.device), "v_prediction")
@@ -291,9 +291,9 @@ class PairedEvaluation:
         return ends | {f"grid_{n}": self.preview_row(gc, n) for n in supports}
 
     def report(self, student: Model, teacher: Model, steps: int) -> dict[str, str]:
-        """RMS distances in latent space from the same noise, prompt and w, as a row of metrics.csv and a line: to the end
-        points of stages/gc at teacher_steps (also of itself, undistilled), and to those of this stage's own teacher; of
-        either as it teaches."""
+        """Latent RMS distances for the same noise, prompt and w, as a row of metrics.csv and a line: to the end points of
+        stages/gc at teacher_steps (the student's, and stages/gc's own, undistilled), and to those of this stage's own
+        teacher; both as they teach."""
         distance = lambda a, b: f"{(a - b).pow(2).mean().sqrt().item():.5f}"
         ends, goal = self.end_points(student, steps), self.reference[str(self.run.args.teacher_steps)]
         errors = {

@@ -83,7 +83,7 @@ def few_images(folder: Path) -> Path:
 
 
 def measure(script, size: str, sources: list[str], flags: str) -> list[dict]:
-    """A run of `script` whose updates take the sources in turn. Of each update: loop, source, seconds, UNet forwards."""
+    """A run of `script` whose updates take the sources in turn: loop, source, seconds and UNet forwards of each."""
     found, whole_loop = [], common.Run.updates
 
     def updates(run, loop, *rest):
@@ -157,7 +157,7 @@ def dmd2_ddil_over_plain(size: str) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Of metrics.csv, an update each."""
+    """Rows of metrics.csv, an update each."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["seconds"]]
 
@@ -322,7 +322,7 @@ def matrix_rate(device: str, n: int) -> float:
 
 
 def forward_flops(folder: Path) -> int:
-    """Of one sample through the UNet of a pipeline, counted on tensors without values."""
+    """Counted for one sample through a pipeline's UNet, on tensors without values."""
     from torch.utils.flop_counter import FlopCounterMode
 
     pipe = load_pipeline(str(folder))

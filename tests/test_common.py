@@ -161,7 +161,7 @@ STUDENT_GRID = TEACHER_GRID[::2]
 
 
 def mixed(rate, n=64, seed=0, teacher=TEACHER, student=STUDENT, **more):
-    """Of n samples on N = 8 / 4 steps: (states, teacher_targets, moves)."""
+    """(states, teacher_targets, moves) of n samples on N = 8 / 4 steps."""
     inputs = randn(n), TEACHER_GRID, STUDENT_GRID, {"b": torch.linspace(-5, 5, n)}
     return mixed_rollout(SCHEDULE, teacher, student, *inputs, rate, seeded(seed), **more)
 
@@ -272,7 +272,7 @@ def centred(z: torch.Tensor, t: int) -> torch.Tensor:
 
 
 def std_at(t: int) -> torch.Tensor:
-    """Of z_t, for data N(MEAN, STD^2)."""
+    """For z_t of data N(MEAN, STD^2)."""
     return ((SCHEDULE.alpha[t] * STD) ** 2 + SCHEDULE.sigma[t] ** 2).sqrt()
 
 
@@ -333,7 +333,7 @@ def test_consistency_function_is_lcm_scheduler_s():
 
 
 def test_prior_draws_by_cumulative_thresholds():
-    """Of one uniform number a draw, so that ranks with one seed agree; what has no share is never drawn."""
+    """Each draw takes one uniform number, so that ranks with one seed agree; what has no share is never drawn."""
     shares = {"forward": (0.5, 0.1, 1.0, 0.0), "teacher": (0.3, 0.2, 0.0, 0.0), "student": (0.2, 0.7, 0.0, 1.0)}
     prior, reference = SamplingPrior(seeded(3), **shares), seeded(3)
     for part, (first, second) in enumerate([(0.5, 0.8), (0.1, 0.3), (1, 1), (0, 0)]):

@@ -261,7 +261,7 @@ def test_errors_are_of_the_captions_at_hand(gc_folder, data_folder, tmp_path):
 
 
 def test_stock_diffusers_samples_the_same(xl_folder, data_folder, tmp_path, monkeypatch):
-    """Of SDXL's shape, as each phase's last sample grid: w embedding, timesteps, clean end, size conditioning."""
+    """In SDXL's shape, as each phase's last preview: w embedding, timesteps, clean end, size conditioning."""
     grids = {}
     monkeypatch.setattr(Run, "save_preview", lambda run, rows, suffix: grids.update({suffix: rows}))
     flags = "--teacher_steps 4 --student_steps 1 --store_start --p_forward 0 --max_updates 1"

@@ -7,6 +7,7 @@ pd.csv, lcm.csv, dmd2.csv: a row for each run and number of steps; shift.csv: fo
 import csv
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import product
 from math import log2
 from pathlib import Path
@@ -22,20 +23,29 @@ MEASURES = {  # of shift.csv
     "disagreement, visited / forward": "disagreement on visited latents / on forward-diffused ones",
 }
 COLOURS = {16: "C0", 8: "C1", 4: "C2", 2: "C3"}  # of numbers of steps
-LINES = {  # of gain.png: arm, its settings, style
-    "control": ("PD + control", ["chain"], {"color": "grey", "linestyle": "--"}),
-    "w from 2 to 14, the recipe": ("PD + DDIL", ["chain"], {"color": "C0", "linewidth": 3}),
-    "w from 2 to 10": ("PD + DDIL", ["chain, w from 2 to 10"], {"color": "C1", "fmt": "s"}),
-    "w from 1.5 to 6": ("PD + DDIL", ["chain, w from 1.5 to 6"], {"color": "C2", "fmt": "o"}),
-    "half the updates": ("PD + DDIL", ["chain, half the updates"], {"color": "C4", "fmt": "v"}),
-    "twice the updates": ("PD + DDIL", ["chain, twice the updates"], {"color": "C3", "fmt": "^"}),
-    "unreflected": ("PD + DDIL", ["chain, unreflected"], {"color": "C6", "fmt": "X"}),
-    "one stage alone": (
-        "PD + DDIL",
-        [f"{2 * k} -> {k} alone, each seed's own PD teacher" for k in (8, 4, 2)],
-        {"color": "black", "fmt": "D"},
-    ),
+DDIL = "PD + DDIL"
+DOSES = {  # share of the updates on D_DAgger -> arm; student_rate .475 throughout
+    0.25: f"{DDIL}, p_forward .75",
+    0.5: f"{DDIL}, p_forward .5",
+    0.75: f"{DDIL}, p_forward .25",
+    0.9: f"{DDIL}, p_forward .1",
+    1: f"{DDIL}, p_forward 0, --store_start",
 }
+HIGH, HIGH_CONTROL = DOSES[0.75], "PD + control, p_forward .25"
+UPDATES = {  # relative to the recipe's -> setting
+    0.5: "chain, half the updates",
+    1: "chain",
+    2: "chain, twice the updates",
+    8: "chain, 8 times the updates",
+}
+GUIDANCE = {  # range of w -> setting
+    "1": "chain, w = 1",
+    "1.5 to 6": "chain, w from 1.5 to 6",
+    "2 to 10": "chain, w from 2 to 10",
+    "2 to 14": "chain",
+}
+RATES = {0: f"{HIGH}, student_rate 0", 0.475: HIGH, 1: f"{HIGH}, student_rate 1"}  # who moves
+ALONE = [f"{2 * k} -> {k} alone, each seed's own PD teacher" for k in (8, 4, 2)]
 
 
 def by_seed(rows: list[dict], label: str, steps: int, column: str) -> dict[str, float]:
@@ -56,7 +66,7 @@ def shown(values: list[float], percent: bool = False) -> str:
 
 
 def pairs(plain: dict[str, float], other: dict[str, float]) -> list[tuple[float, float]]:
-    """Of each seed that has both."""
+    """Values of each seed that has both."""
     return [(plain[seed], other[seed]) for seed in plain if seed in other]
 
 
@@ -101,19 +111,52 @@ def headline(rows: list[dict]) -> None:
             print_row(column, steps, *cells, p_value(arms[0], arms[2]))
 
 
-def by_updates(rows: list[dict]) -> None:
-    """The chain's error with half, all and twice the recipe's updates, over the seeds that have all three."""
-    updates = {"half": "chain, half the updates", "the recipe's": "chain", "twice": "chain, twice the updates"}
-    print_header("updates", "steps", "seeds", *updates)
-    for steps, arm in product((16, 8, 4), ("PD", "PD + DDIL")):
-        found = [by_seed(rows, f"{arm}; {setting}", steps, "paired_error") for setting in updates.values()]
-        seeds = set.intersection(*map(set, found))
-        print_row(arm, steps, len(seeds), *(shown([errors[seed] for seed in seeds]) for errors in found))
+def by_dose(rows: list[dict]) -> None:
+    """Change of the error to plain PD's by the share of D_DAgger, and scores at w = 8."""
+    scores = [(score, steps) for score in SCORES for steps in (4, 2)]
+    errors = [f"error, {steps} steps" for steps in COLOURS]
+    print_header("D_DAgger", "seeds", *errors, *(f"{score}, {steps} steps" for score, steps in scores))
+    paper = {"0 (PD)": "PD", ".25, then .5 (the paper's)": DDIL}
+    for share, arm in (paper | DOSES | {"control, .75": HIGH_CONTROL}).items():
+        found = [by_seed(rows, f"{arm}; chain", steps, "paired_error") for steps in COLOURS]
+        plain = [by_seed(rows, "PD; chain", steps, "paired_error") for steps in COLOURS]
+        cells = ["" if arm == "PD" else f"{change(*pair)} (p {p_value(*pair)})" for pair in zip(plain, found)]
+        cells += [shown([*v.values()]) if (v := by_seed(rows, f"{arm}; chain", k, s)) else "" for s, k in scores]
+        if found[0]:
+            print_row(share, len(found[0]), *cells)
+
+
+def by_setting(rows: list[dict], name: str, settings: dict, arms: dict[str, str]) -> None:
+    """Plain PD's error in each setting and its change in each arm; a row for each number of steps."""
+    print_header(name, "steps", *(f"{what} (seeds)" for what in ["PD", *arms]))
+    for (value, setting), steps in product(settings.items(), COLOURS):
+        plain = by_seed(rows, f"PD; {setting}", steps, "paired_error")
+        cells = []
+        for arm in arms.values():
+            found = by_seed(rows, f"{arm}; {setting}", steps, "paired_error")
+            cells.append(f"{change(plain, found)} ({len(pairs(plain, found))})" if pairs(plain, found) else "")
+        if any(cells):
+            print_row(value, steps, f"{shown([*plain.values()])} ({len(plain)})", *cells)
+
+
+def by_mover(rows: list[dict]) -> None:
+    """Who moves, where D_DAgger has three quarters of the updates: change of the error to plain PD's."""
+    print_header("steps", "seeds", *(f"--student_rate {rate}" for rate in RATES), "student alone to teacher alone", "p")
+    for steps in COLOURS:
+        arms = [by_seed(rows, f"{arm}; chain", steps, "paired_error") for arm in RATES.values()]
+        plain = by_seed(rows, "PD; chain", steps, "paired_error")
+        seeds = set.intersection(*map(set, arms))
+        if seeds:
+            arms = [{seed: arm[seed] for seed in seeds} for arm in arms]
+            cells = [change(plain, arm) for arm in arms]
+            print_row(steps, len(seeds), *cells, change(arms[0], arms[-1]), p_value(arms[0], arms[-1]))
 
 
 def ablations(rows: list[dict]) -> None:
     print_header("setting", "steps", "seeds", "PD", "arm", "stage error", "to PD", "error of the chain to PD")
+    elsewhere = ("p_forward", "w = 1", "8 times")  # have tables of their own
     of_seeds = [(*r["label"].partition("; ")[::2], int(r["steps"])) for r in rows if r["stage_error"]]
+    of_seeds = [found for found in of_seeds if not any(what in "; ".join(found[:2]) for what in elsewhere)]
     arms = dict.fromkeys(arm for arm, _, _ in of_seeds if arm != "PD")
     for setting, steps in dict.fromkeys(found[1:] for found in of_seeds):
         for arm in arms:
@@ -127,7 +170,7 @@ def ablations(rows: list[dict]) -> None:
 
 
 def shifts_of(rows: list[dict]) -> dict[tuple[str, int], dict[str, list[float]]]:
-    """Of plain PD's students beside their own teachers, for each setting and number of steps: measures of the shift,
+    """Plain PD's students beside their own teachers, for each setting and number of steps: measures of the shift,
     each a value for every seed and timestep below 999."""
     found = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -144,24 +187,52 @@ def gain_of(rows: list[dict], setting: str, steps: int, column: str, arm="PD + D
     return (100 * mean(found), 100 * standard_error(found)) if len(found) > 1 else None
 
 
-def gain_by_steps(rows: list[dict], picture: Path) -> None:
-    """What DDIL changes, at each number of steps and in each setting."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    titles = {
-        "paired_error": "whole chain, against the 32-step model",
-        "stage_error": "each stage, against its own teacher",
-    }
-    for ax, (column, title) in zip(axes, titles.items()):
-        for place, (name, (arm, settings, style)) in enumerate(LINES.items()):
-            gains = [(k, gain) for k in COLOURS for s in settings if (gain := gain_of(rows, s, k, column, arm))]
-            if gains and not (column == "paired_error" and "alone" in name):
-                x = [log2(16 / k) + 0.06 * (place - len(LINES) / 2) for k, _ in gains]
-                ax.errorbar(x, *zip(*(gain for _, gain in gains)), label=name, capsize=2, **style)
-        ax.set(title=title, xticks=range(4), xticklabels=[f"{k} steps" for k in COLOURS])
-        ax.axhline(0, color="black", linewidth=0.8)
-    axes[0].set_ylabel("error, change to plain PD [%]")
-    axes[1].legend(title="PD + DDIL, but for the control", loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    figure.savefig(picture, dpi=110, bbox_inches="tight")
+def gain_figure(rows: list[dict], picture: Path) -> None:
+    """What DDIL changes in the chain's error: how much, by dose, by duration, by guidance."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharey=True, layout="constrained")
+
+    def draw(axis, arms: Sequence[tuple[float, str, str]], steps: int, column="paired_error", **style) -> None:
+        """arms: x, arm, setting"""
+        gains = [(x, gain) for x, arm, setting in arms if (gain := gain_of(rows, setting, steps, column, arm))]
+        if gains:
+            axis.errorbar([x for x, _ in gains], *zip(*(gain for _, gain in gains)), capsize=2, **style)
+
+    by_steps, dose, duration, guidance = axes.flat
+    for steps, x in zip(COLOURS, range(4)):
+        named = lambda label, first=steps == 16: {"label": label if first else None}
+        for offset, arm, colour, label in (
+            (0, "PD + control", "grey", "control: forward-diffused latents at DDIL's timesteps"),
+            (0, DDIL, "C0", "PD + DDIL, the paper's shares"),
+            (0.06, HIGH, "C1", "PD + DDIL, --p_forward .25 --student_rate .475"),
+        ):
+            draw(by_steps, [(x + offset, arm, "chain")], steps, fmt="o", color=colour, **named(label))
+        if steps < 16:
+            label = "the paper's shares, one stage alone, same teacher"
+            alone = [(x - 0.06, DDIL, ALONE[x - 1])]
+            draw(by_steps, alone, steps, "stage_error", fmt="D", color="black", label=label if steps == 8 else None)
+    for steps in (8, 4, 2):
+        style = {"color": COLOURS[steps], "marker": "o"}
+        line = [(0.375, DDIL, "chain"), *((share, arm, "chain") for share, arm in DOSES.items())]
+        draw(dose, sorted(line), steps, label=f"{steps} steps", **style)
+        line = [(log2(times), DDIL, setting) for times, setting in UPDATES.items()]
+        draw(duration, line, steps, label=f"{steps} steps, the paper's shares" if steps > 2 else None, **style)
+        line = [(log2(times), HIGH, setting) for times, setting in UPDATES.items()]
+        if steps > 2:
+            draw(duration, line, steps, label=f"{steps} steps, --p_forward .25", linestyle="--", **style)
+        line = [(x, DDIL, setting) for x, setting in enumerate(GUIDANCE.values())]
+        draw(guidance, line, steps, label=f"{steps} steps", **style)
+    dose.plot([0.75] * 3, [gain_of(rows, "chain", k, "paired_error", HIGH_CONTROL)[0] for k in (8, 4, 2)], "x", color="grey", label="control")
+    by_steps.set(title="how much", xticks=range(4), xticklabels=[f"{k} steps" for k in COLOURS])
+    dose.set(title="dose: share of the updates on D_DAgger", xticks=[0.25, 0.375, 0.5, 0.75, 0.9, 1])
+    dose.set_xticklabels([".25", "paper", ".5", ".75", ".9", "1"])
+    duration.set(title="duration: updates relative to the recipe's", xticks=[-1, 0, 1, 3], xticklabels=["1/2", "1", "2", "8"])
+    guidance.set(title="guidance in training: w", xticks=range(4), xticklabels=GUIDANCE)
+    for axis in axes.flat:
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.legend(fontsize=8)
+    figure.supylabel("error relative to plain PD [%], lower is better")
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
 
 
 def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> None:
@@ -193,7 +264,7 @@ def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> N
 
 
 def ladder(rows: list[dict], plain: str) -> None:
-    """Of LCM or DMD2: every arm at 4 steps beside the plain method, and its UNet forwards."""
+    """LCM or DMD2: every arm at 4 steps beside the plain method, and its UNet forwards."""
     print_header("4 steps", "seeds", *SCORES, f"FD to {plain}", "p", "forwards")
     columns = (*SCORES, "unet_forwards")
     of_plain = {column: by_seed(rows, plain, 4, column) for column in columns}
@@ -242,7 +313,10 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")  # for README, whatever the terminal's
     table = read("pd.csv")
     headline(table)
-    by_updates(table)
+    by_dose(table)
+    by_setting(table, "updates", UPDATES, {"the paper's shares": DDIL, "--p_forward .25": HIGH})
+    by_setting(table, "w", GUIDANCE, {"the paper's shares": DDIL, "--p_forward .25": HIGH})
+    by_mover(table)
     ablations(table)
     lcm, dmd2 = read("lcm.csv"), read("dmd2.csv")
     ladder(lcm, "LCM")
@@ -250,5 +324,5 @@ if __name__ == "__main__":
     ladder([row for row in dmd2 if "batch" not in row["label"] or row["label"] == "DMD2, global batch 28"], "DMD2")
     by_batch(dmd2)
     pictures = Path(__file__).parents[1]
-    gain_by_steps(table, pictures / "gain.png")
+    gain_figure(table, pictures / "gain.png")
     gain_against_shift(table, read("shift.csv"), pictures / "gain_against_shift.png")
