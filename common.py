@@ -2280,10 +2280,11 @@ class Run:
 
     def end(self, steps: int, w: str, example: float) -> None:
         """Where the student is, its last picture, and a line that samples it, with `example` as guidance scale."""
-        pipeline, pictures = self.out / "pipeline", sorted((self.out / "samples").glob("*.png"))
+        pipeline, pictures = self.out / "pipeline", self.out / "samples"
+        picture = max(pictures.glob("*.png"), default=pictures)
         prompt = re.sub(r"[^\w ,.-]", "", self.held_out[0])  # as it goes through any shell
         sample = f"P.from_pretrained('{pipeline.as_posix()}')('{prompt}', num_inference_steps={steps}, guidance_scale={example})"
         code = f"from diffusers import DiffusionPipeline as P; {sample}.images[0].save('sample.png')"
         self.print(f"done: {pipeline} samples in {steps} steps, guidance_scale {w}")
-        self.print(f'look at {pictures[-1]}\nor try: python -c "{code}"')
+        self.print(f'look at {picture}\nor try: python -c "{code}"')
         self.accelerator.end_training()
