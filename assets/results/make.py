@@ -1,4 +1,4 @@
-"""Tables of README and of assets/results/README.md from the CSV files beside this one, and two pictures.
+"""Tables of README and of assets/results/README.md from the CSV files beside this one, and three pictures.
 
 pd.csv, lcm.csv, dmd2.csv: a row for each run and number of steps; shift.csv: for each timestep.
 `python assets/results/make.py` prints the tables. To compare runs of your own, add their rows.
@@ -119,11 +119,12 @@ def by_dose(rows: list[dict]) -> None:
     paper = {"0 (PD)": "PD", ".25, then .5 (the paper's)": DDIL}
     for share, arm in (paper | DOSES | {"control, .75": HIGH_CONTROL}).items():
         found = [by_seed(rows, f"{arm}; chain", steps, "paired_error") for steps in COLOURS]
+        if not found[0]:
+            continue
         plain = [by_seed(rows, "PD; chain", steps, "paired_error") for steps in COLOURS]
         cells = ["" if arm == "PD" else f"{change(*pair)} (p {p_value(*pair)})" for pair in zip(plain, found)]
         cells += [shown([*v.values()]) if (v := by_seed(rows, f"{arm}; chain", k, s)) else "" for s, k in scores]
-        if found[0]:
-            print_row(share, len(found[0]), *cells)
+        print_row(share, len(found[0]), *cells)
 
 
 def by_setting(rows: list[dict], name: str, settings: dict, arms: dict[str, str]) -> None:
@@ -221,7 +222,9 @@ def gain_figure(rows: list[dict], picture: Path) -> None:
             draw(duration, line, steps, label=f"{steps} steps, --p_forward .25", linestyle="--", **style)
         line = [(x, DDIL, setting) for x, setting in enumerate(GUIDANCE.values())]
         draw(guidance, line, steps, label=f"{steps} steps", **style)
-    dose.plot([0.75] * 3, [gain_of(rows, "chain", k, "paired_error", HIGH_CONTROL)[0] for k in (8, 4, 2)], "x", color="grey", label="control")
+    for steps in (8, 4, 2):
+        label = "control" if steps == 8 else None
+        draw(dose, [(0.75, HIGH_CONTROL, "chain")], steps, fmt="x", color="grey", label=label)
     by_steps.set(title="how much", xticks=range(4), xticklabels=[f"{k} steps" for k in COLOURS])
     dose.set(title="dose: share of the updates on D_DAgger", xticks=[0.25, 0.375, 0.5, 0.75, 0.9, 1])
     dose.set_xticklabels([".25", "paper", ".5", ".75", ".9", "1"])
@@ -231,6 +234,39 @@ def gain_figure(rows: list[dict], picture: Path) -> None:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.legend(fontsize=8)
     figure.supylabel("error relative to plain PD [%], lower is better")
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+
+
+def shift_figure(rows: list[dict], picture: Path) -> None:
+    """The shift of 4-step students with and without DDIL, by timestep: colour = student, line style = whose latents."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    panels = {
+        "distance of visited latents to forward-diffused ones": ["FD, student", "FD, teacher", "FD, other images"],
+        "distance to the guided model's own latents": ["FD, student to teacher"],
+        "student and guided model disagree about x": ["disagreement, visited", "disagreement, forward"],
+    }
+    lines = {"teacher": "-", "other images": ":", "forward": ":"}  # the student's own are dashed
+    for axis, (title, columns) in zip(axes, panels.items()):
+        for (arm, colour), column in product({"PD": "C0", "PD+DDIL": "C1"}.items(), columns):
+            line = next((line for whose, line in lines.items() if column.endswith(f", {whose}")), "--")
+            is_shared = column in ("FD, teacher", "FD, other images")  # the same for both students
+            if is_shared and arm != "PD":
+                continue
+            found = defaultdict(list)
+            for row in rows:
+                if row["label"] == f"{arm}, 4 steps":
+                    found[row["t"]].append(float(row[column]))
+            bars = [standard_error(values) for values in found.values()]
+            style = {"color": "black" if is_shared else colour, "linestyle": line, "capsize": 2}
+            axis.errorbar([*found], [mean(values) for values in found.values()], bars, **style)
+        axis.set(title=title, xlabel="t", ylabel="RMS" if "disagree" in title else "Frechet distance")
+        axis.title.set_fontsize(10)
+    named = [plt.Line2D([], [], color=c, label=n) for n, c in {"PD": "C0", "PD + DDIL": "C1", "both": "black"}.items()]
+    styles = {"on latents that the student visits": "--", "that the guided model visits": "-"}
+    styles |= {"forward-diffused (of other images)": ":"}
+    named += [plt.Line2D([], [], color="grey", linestyle=line, label=whose) for whose, line in styles.items()]
+    figure.legend(handles=named, loc="outside lower center", ncols=len(named), fontsize=9)
     figure.savefig(picture, dpi=100)
     plt.close(figure)
 
@@ -325,4 +361,6 @@ if __name__ == "__main__":
     by_batch(dmd2)
     pictures = Path(__file__).parents[1]
     gain_figure(table, pictures / "gain.png")
-    gain_against_shift(table, read("shift.csv"), pictures / "gain_against_shift.png")
+    shifts = read("shift.csv")
+    shift_figure(shifts, pictures / "shift.png")
+    gain_against_shift(table, shifts, pictures / "gain_against_shift.png")
