@@ -491,16 +491,6 @@ def without_lora(model: Model, unet) -> Model:
     return frozen
 
 
-def save_lora(folder: Path, unet) -> None:
-    """The LoRA under the names, and with the alphas, that diffusers, ComfyUI and A1111 read."""
-    from diffusers.utils import convert_state_dict_to_kohya
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    layers = {f"unet.{name}": value.contiguous() for name, value in get_peft_model_state_dict(unet).items()}
-    save_file(convert_state_dict_to_kohya(layers), folder / "pytorch_lora_weights.safetensors")
-
-
 def find_pipeline(name: str, flag: str) -> str:
     """The class of the pipeline in a folder or, if no such folder exists, on the hub; SystemExit if there is none."""
     import diffusers  # here, not on top: sections 1-4 are to be copied with torch alone
@@ -581,8 +571,7 @@ def refuse_zero_snr(pipe, flag: str, name: str) -> None:
 
 def betas_of(pipe) -> dict:
     """The part of a scheduler's config that says what the noise is, and nothing of how it samples."""
-    names = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule"]
-    names += ["trained_betas", "rescale_betas_zero_snr"]
+    names = "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"
     return {name: value for name, value in pipe.scheduler.config.items() if name in names}
 
 
@@ -610,10 +599,6 @@ def lcm_scheduler(pipe, solver_steps: int):
     return LCMScheduler(**betas_of(pipe), prediction_type=pipe.scheduler.config.prediction_type, **grid)
 
 
-def text_encoders(pipe) -> list:
-    return [e for e in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if e is not None]
-
-
 def latent_shape(pipe) -> tuple[int, int, int]:
     """Channels, height and width of latents: what is trained and sampled."""
     size = pipe.unet.config.sample_size
@@ -636,13 +621,12 @@ class PromptEncoder:
     precision the encoders are copies: the pipeline's own are what is saved with a student."""
 
     def __init__(self, pipe, device, memo: int = 1024, dtype: torch.dtype = torch.float32):
-        copies = text_encoders(pipe) if dtype == torch.float32 else map(copy.deepcopy, text_encoders(pipe))
-        self.encoders, self.device = [e.to(device, dtype) for e in copies], device
-        self.tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
+        both = lambda part: [x for x in (getattr(pipe, part), getattr(pipe, f"{part}_2", None)) if x is not None]
+        encoders, self.tokenizers, self.device = both("text_encoder"), both("tokenizer"), device
+        self.encoders = [(e if dtype == torch.float32 else copy.deepcopy(e)).to(device, dtype) for e in encoders]
         self.xl = hasattr(pipe, "text_encoder_2")
         self.zero_null = pipe.config.get("force_zeros_for_empty_prompt", False)
-        height, width = image_shape(pipe)
-        self.time_ids = [height, width, 0, 0, height, width]  # SDXL: original size, crop corner, target size
+        self.time_ids = [*image_shape(pipe), 0, 0, *image_shape(pipe)]  # SDXL: original size, crop corner, target size
         self.memo, self.memo_size = {}, memo  # embeddings of recent prompts: small data sets are encoded just once
 
     def tokenize(self, captions: Sequence[str], sizes: Tensor | None = None) -> Tensor:
@@ -932,14 +916,12 @@ def caption_of(value, draw: int) -> str | None:
 
 
 def open_image(value):
-    """An RGB PIL image from another, a file's bytes, {"bytes", "path"} or path: upright, 16 bits scaled, transparency on white."""
+    """An RGB PIL image from a file's bytes, {"bytes", "path"} or path: upright, 16 bits scaled, transparency on white."""
     import numpy as np
     from PIL import Image, ImageOps
 
-    if not isinstance(value, Image.Image):
-        data, path = (value["bytes"], value["path"]) if isinstance(value, dict) else (value, value)
-        value = Image.open(io.BytesIO(data) if isinstance(data, bytes) else path)
-    image = ImageOps.exif_transpose(value)
+    data, path = (value["bytes"], value["path"]) if isinstance(value, dict) else (value, value)
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data) if isinstance(data, bytes) else path))
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -974,14 +956,12 @@ def decode(row: dict, shape: Sequence[int], draw: int = 0) -> tuple[str | None, 
     return None, sample
 
 
-def report_on_data(args, pipe, rows: Rows, accelerator) -> str:
-    """What --check_data prints, on the first process: what was read, counts of usable samples and of reasons against the
-    others, sizes. The first eight usable images and their captions are drawn to OUTPUT_DIR-data.png."""
+def report_on_data(args, pipe, rows: Rows) -> str:
+    """What --check_data prints: what was read, counts of usable samples and of reasons against the others, sizes. The first
+    eight usable images and their captions are drawn to OUTPUT_DIR-data.png."""
     from PIL import Image
     from tqdm import tqdm
 
-    if not accelerator.is_main_process:
-        return ""
     shape = image_shape(pipe)
     counts, examples, sides, sheet = Counter(usable=0), {}, [], Path(f"{Path(args.output_dir)}-data.png")
     tokenizer, n_cut = pipe.tokenizer, 0
@@ -1010,7 +990,7 @@ def rows_of_columns(columns: dict[str, Sequence]) -> list[dict]:
 
 def prefetch_map(threads: ThreadPoolExecutor, function: Callable, items: Iterable, n: int = 64):
     """Yield function(item) in order, prefetching up to n."""
-    items, waiting = iter(items), deque()
+    waiting = deque()
     for item in items:
         waiting.append(threads.submit(function, item))
         if len(waiting) == n:
@@ -1280,11 +1260,9 @@ def number(kind: type, wanted: str, is_ok: Callable) -> Callable:
     """An argparse type: parse the text as `kind`, or say that it must be `wanted`."""
 
     def parse(text: str):
-        try:
+        with suppress(ValueError):
             if is_ok(kind(text)):
                 return kind(text)
-        except ValueError:
-            pass
         raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
 
     return parse
@@ -1486,9 +1464,8 @@ def start_accelerator(**settings):
         accelerator = Accelerator(cpu=launched > 1 and not has_gpu, kwargs_handlers=handlers, **settings)
     except ValueError as error:  # a precision that the device has not, an unknown tracker
         raise SystemExit(f"accelerate launch --mixed_precision, or --report_to: {error}")
-    if accelerator.num_processes != launched:
-        run = f"accelerate runs {accelerator.num_processes}: check its config"
-        raise SystemExit(f"{launched} processes were launched, but {run}")
+    if (n := accelerator.num_processes) != launched:
+        raise SystemExit(f"{launched} processes were launched, but accelerate runs {n}: check its config")
     engine = accelerator.distributed_type
     if engine not in ("NO", "MULTI_CPU", "MULTI_GPU") and not accelerator.is_fsdp2:
         raise SystemExit(f"{engine.value}: is not supported; launch with --multi_gpu, or --use_fsdp --fsdp_version 2")
@@ -1524,7 +1501,7 @@ def across_ranks(accelerator, n: int, batch_size: int, function: Callable[[Tenso
 
 OF_A_RUN = re.compile(  # what --overwrite deletes: all that a run makes, but config.json, which is its lock
     r"(pipeline|lora|stages/(v|gc|\d+))(\.tmp)?|checkpoints/(\d{8,}\+*|saving)|samples/\d{6,}(-\w+)?\.png"
-    r"|metrics\.(csv|tmp)|paired_reference\.(safetensors|tmp)|common\.py|\w+_ddil(\.py)?"  # the last: a tracker's
+    r"|metrics\.csv|paired_reference\.(safetensors|tmp)|common\.py|\w+_ddil(\.py)?"  # the last: a tracker's
 )
 
 
@@ -1567,9 +1544,8 @@ def save_pipeline(folder: Path, pipe, unet, scheduler, card: str = "") -> None:
 
     def write(folder: Path) -> None:
         student.save_pretrained(folder)
-        if card:
-            # paths have surrogates where the locale is not UTF-8, which so become their bytes again
-            (folder / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
+        # paths have surrogates where the locale is not UTF-8, which so become their bytes again
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="surrogateescape")
 
     replace_folder(Path(folder), write)
 
@@ -1642,9 +1618,10 @@ class Metrics:
         self.path, self.labels, self.columns, self.rows = path, list(labels), list(columns), 0
         self.totals = torch.zeros(2, len(columns), device=device)  # sums, counts
 
-    def add(self, column: str, values: Tensor | float) -> None:
-        values = torch.as_tensor(values, dtype=torch.float32, device=self.totals.device).flatten()
-        self.totals[:, self.columns.index(column)] += torch.stack([values.sum(), torch.ones_like(values).sum()])
+    def add(self, columns: dict[str, Tensor]) -> None:
+        for column, values in columns.items():
+            values = values.to(self.totals).flatten()
+            self.totals[:, self.columns.index(column)] += torch.stack([values.sum(), torch.ones_like(values).sum()])
 
     def add_by(self, places: Tensor, values: Tensor) -> None:
         """values [B] into the columns at these places [B]."""
@@ -1667,10 +1644,9 @@ class Metrics:
     def truncate(self, rows: int) -> None:
         """Drop what was written after the first so many rows: a run resumes there."""
         self.rows = rows
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        replacement = self.path.with_suffix(".tmp")
-        replacement.write_bytes(b"".join(lines[: rows + 1 if rows else 0]))
-        replacement.replace(self.path)
+        if self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            os.truncate(self.path, sum(map(len, lines[: rows + 1 if rows else 0])))
 
 
 def save_sheet(path: Path, rows: dict[str, list], captions: Sequence[str] = ()) -> None:
@@ -1763,7 +1739,8 @@ class Run:
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.n_ranks = self.accelerator.num_processes
         self.resume_invariants = {"world_size": self.n_ranks, "mixed_precision": self.accelerator.mixed_precision}
-        self.refuse_changes()
+        if args.resume:
+            refuse_changes(self.resume_invariants, read_config(self.out))
         args.batch_size = args.batch_size or max(1, args.global_batch_size // self.n_ranks)
         self.accumulation, rest = divmod(args.global_batch_size, args.batch_size * self.n_ranks)
         if rest or not self.accumulation:
@@ -1777,11 +1754,6 @@ class Run:
         self.predicts = self.pipe.scheduler.config.prediction_type
         self.models = WeakSet()  # all that are made by model(), while they live
         self.print = self.accelerator.print
-
-    def refuse_changes(self) -> None:
-        """SystemExit if a resumed run was launched otherwise, or has other networks."""
-        if self.args.resume:
-            refuse_changes(self.resume_invariants, read_config(self.out))
 
     def open(self, script: str, labels, columns, phases: dict[str, int], plan: dict, networks=None, need_images=True):
         """Data, support [D15], random streams, metrics and folder. `phases`: what each does -> its updates. Ends here for
@@ -1797,8 +1769,8 @@ class Run:
         self.preview_captions = [rows.held_out[i * len(rows.held_out) // n] for i in range(n)]
         if args.reflect == "measured" and "image" not in rows.train.column_names:
             raise SystemExit(f"--reflect measured: --data {args.data} has no images to measure; give a radius, or none")
-        if args.check_data:
-            self.print(report_on_data(args, self.pipe, rows, self.accelerator))
+        if args.check_data and self.accelerator.is_main_process:
+            print(report_on_data(args, self.pipe, rows))
         if args.dry_run:
             batch = f"{self.n_ranks} processes x {args.batch_size} x {self.accumulation} accumulated"
             plan = {**dict(sorted(vars(args).items())), "": "", "batch": f"{batch} = {args.global_batch_size}", **plan}
@@ -1817,6 +1789,7 @@ class Run:
         self.support = make_support(args.reflect, self.data)
         self.null = self.prompts.null()
         self.metrics = Metrics(self.out / "metrics.csv", labels, columns, device)
+        self.add_metrics = self.metrics.add
         bins = sorted(int(c.removeprefix("loss_t")) for c in columns if c.removeprefix("loss_t").isdigit())
         self.t_bins = torch.tensor(bins, device=device)
         self.t_places = torch.tensor([columns.index(f"loss_t{t}") for t in bins], device=device)  # their columns
@@ -1827,7 +1800,8 @@ class Run:
 
         fingerprints = {id(network): fingerprint(network) for network in networks.values()}
         self.resume_invariants |= {f"{name}_weights": fingerprints[id(network)] for name, network in networks.items()}
-        self.refuse_changes()
+        if args.resume:
+            refuse_changes(self.resume_invariants, read_config(self.out))
         if self.accelerator.is_main_process:
             if not args.resume:
                 self.create_folder(script)
@@ -1965,8 +1939,15 @@ class Run:
             raise SystemExit(f"--lora_rank {rank}: {name} takes w, for which a LoRA has no input")
 
     def save_lora(self, unet, base: str):
-        """The LoRA of a UNet in lora/; returns the UNet of the pipeline `base`, in full precision, with it fused."""
-        replace_folder(self.out / "lora", lambda folder: save_lora(folder, unet))
+        """The LoRA of a UNet in lora/, under the names, and with the alphas, that diffusers, ComfyUI and A1111 read; returns
+        the UNet of the pipeline `base`, in full precision, with it fused."""
+        from diffusers.utils import convert_state_dict_to_kohya
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        layers = {f"unet.{name}": value.contiguous() for name, value in get_peft_model_state_dict(unet).items()}
+        lora = convert_state_dict_to_kohya(layers)
+        replace_folder(self.out / "lora", lambda folder: save_file(lora, folder / "pytorch_lora_weights.safetensors"))
         pipe = load_pipeline(base, resolution=self.args.resolution)
         pipe.load_lora_weights(self.out / "lora")
         pipe.fuse_lora()
@@ -2000,10 +1981,9 @@ class Run:
     def preview_row(self, sample: Callable[[Tensor, dict, torch.Generator], Tensor], w: float) -> Tensor:
         """sample(z, cond, generator) for the preview's captions, in batches no larger than in training."""
         ids, noise = self.prompts.tokenize(self.preview_captions), torch.Generator(self.device).manual_seed(1)
-        n = len(ids)
-        z = noise_of(range(n), latent_shape(self.pipe), seed=1)
+        z = noise_of(range(len(ids)), latent_shape(self.pipe), seed=1)
         rows = []
-        for part in torch.arange(n).split(self.args.batch_size):
+        for part in torch.arange(len(ids)).split(self.args.batch_size):
             cond = self.prompts.encode(ids[part]) | {"w": torch.full((len(part),), w, device=self.device)}
             rows.append(sample(z[part].to(self.device), cond, noise))
         return torch.cat(rows)
@@ -2016,9 +1996,8 @@ class Run:
         place = pipe.vae.device
         for name, latents in rows.items():
             latents = latents / pipe.vae.to(latents.device).config.scaling_factor
-            with (
-                torch.no_grad()
-            ):  # one by one: memory for a batch of decodes may not be left beside a student in training
+            # one by one: memory for a batch of decodes may not be left beside a student in training
+            with torch.no_grad():
                 pixels = torch.cat([pipe.vae.decode(z, return_dict=False)[0] for z in latents.split(1)])
             pictures[name] = pipe.image_processor.postprocess(pixels, output_type="pil")
         pipe.vae.to(place)
@@ -2166,10 +2145,6 @@ class Run:
         trained.optimizer.step()
         trained.optimizer.zero_grad()
 
-    def add_metrics(self, columns: dict[str, Tensor]) -> None:
-        for column, values in columns.items():
-            self.metrics.add(column, values)
-
     def log(self, title: str, n: int, rate: float, seconds: float) -> None:
         """A row of metrics.csv and a line; at a loop's first and last one a warning where `reflect` distorts or is idle."""
         from tqdm import tqdm
@@ -2274,7 +2249,6 @@ class Run:
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(mine["scaler"])
         self.progress = json.loads((folder / "progress.json").read_bytes())
-        self.metrics.rows = self.progress["rows"]
         if self.accelerator.is_main_process:
             self.metrics.truncate(self.progress["rows"])
 
