@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -184,17 +183,6 @@ def save_images(folder: Path, n: int, seed: int) -> None:
         Image.fromarray(colour).resize((32, 32), Image.BICUBIC).save(folder / f"{i:03d}.png")
         lines.append(json.dumps({"file_name": f"{i:03d}.png", "caption": f"image {i} of {folder.name}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-
-
-def save_tar(file: Path, rows) -> None:
-    """Rows with image and caption in webdataset's layout."""
-    with tarfile.open(file, "w") as tar:
-        for i, row in enumerate(rows):
-            row["image"].save(png := io.BytesIO(), "PNG")
-            for suffix, content in {"png": png.getvalue(), "txt": row["caption"].encode()}.items():
-                member = tarfile.TarInfo(f"{file.stem}{i:05d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
 
 
 @session
