@@ -280,7 +280,7 @@ def test_frechet_distance_is_torch_fidelity_s(n):
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 30, generator=draw) @ torch.randn(30, 30, generator=draw) + shift for shift in (0, 0.3))
     assert frechet_distance(a, b) == pytest.approx(fidelity_distance(a, b), rel=1e-6)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-4)
 
 
 def test_coverage_is_its_slow_reference():
