@@ -29,11 +29,11 @@ import argparse
 import csv
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
 import re
+import runpy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -56,25 +56,21 @@ from common import CLEAN, add_noise, rotation, timestep_grid
 from common import mixed_rollout, student_rollout, teacher_rollout
 from common import PromptEncoder, UNetModel, dpm_solver, find_pipeline, latent_shape, load_pipeline, load_schedule
 from common import image_shape, images_at_once, open_pipeline, with_guidance
-from common import LatentData, open_image, open_rows
+from common import IMAGE_KINDS, LatentData, open_image, open_rows
 from common import across_ranks, derive_seed, fingerprint, frozen_dtype, noise_generator, noise_of, number, parser_of
 from common import positive_int, read_config, resolve_priors, save_sheet, seed_int, share, start_accelerator
 # isort: on
 
 TINY = Path(__file__).resolve().parent / "assets" / "tiny"
-# What is measured, and on what. Any flag overrides its protocol; a resolution is that of FID and LPIPS on both sides:
-# images are cut to their central square and resized by PIL's LANCZOS.
-PUBLISHED_WEIGHTS = {
-    "fid_weights": "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-    "clip_weights": "laion2b_s12b_b42k", "hps_weights": "xswu/HPSv2/HPS_v2_compressed.pt",
-}  # fmt: skip
 LPIPS_WEIGHTS = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
 }
-ALL_OF_TINY = {"prompts": "assets/tiny/data", "reference": "assets/tiny/data", "clip_weights": "assets/tiny/scorer"}
+# What is measured, and on what. Any flag overrides its protocol; a resolution is that of FID and LPIPS on both sides:
+# images are cut to their central square and resized by PIL's LANCZOS.
 PROTOCOLS = {
-    "tiny": ALL_OF_TINY | {
+    "tiny": {
+        "prompts": "assets/tiny/data", "reference": "assets/tiny/data", "clip_weights": "assets/tiny/scorer",
         "resolution": 32, "num_images": 1000, "batch_size": 50, "steps": [32], "guidance_scale": [4.0],
         "metrics": ["alignment", "clip", "fd", "coverage", "diversity", "paired"],
     },
@@ -88,12 +84,14 @@ PROTOCOLS = {
     },
 }  # fmt: skip
 ORDERS, SHIFTS = ["teacher-student", "student-teacher"], ["mix", "switch", "interval", "gap"]
-DEFAULTS = PUBLISHED_WEIGHTS | {"sampler": ["trained"], "seed": [0], "lpips_net": "vgg"}
-DEFAULTS |= {"mix_teacher": [0, 0.2, 0.4, 0.6, 0.8, 1], "switch_order": ORDERS}
+DEFAULTS = {
+    "sampler": ["trained"], "seed": [0], "mix_teacher": [0, 0.2, 0.4, 0.6, 0.8, 1], "switch_order": ORDERS,
+    "fid_weights": "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "clip_weights": "laion2b_s12b_b42k", "hps_weights": "xswu/HPSv2/HPS_v2_compressed.pt", "lpips_net": "vgg",
+}  # fmt: skip
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 50, 10  # sec. 5
 FIRST_DIVERSITY_NOISE = 1_000_000  # index of their first noise: none that one image a caption has
 PAIRED_PROMPTS = 256
-NEIGHBOURS = 5  # k of coverage
 IMAGE_THREADS = ThreadPoolExecutor(4)  # that reads and writes images
 
 METHODS = {
@@ -194,13 +192,8 @@ def parse_args(argv=None):
         raise SystemExit(f"--shift {' '.join(args.shift)}: needs --metrics of one image a prompt, got {args.metrics}")
     for name, needed in ("prompts", True), ("reference", {"fid", "fd", "coverage"} & set(args.metrics)):
         if needed and getattr(args, name) is None:
-            example = {"prompts": "COCO's captions_val*.json, or any list", "reference": "COCO's folder of images"}
-            raise SystemExit(f"--{name}: the protocol {args.protocol} has no default; give {example[name]}")
+            raise SystemExit(f"--{name}: the protocol {args.protocol} has no default; give COCO's own, or others")
     return args
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 @contextmanager
@@ -209,7 +202,7 @@ def exit_on_error(message: str):
     try:
         yield
     except Exception as error:  # noqa: BLE001  broken files and lacking networks raise all there is
-        raise SystemExit(f"{message} ({one_line(error)})")
+        raise SystemExit(f"{message} ({' '.join(str(error).split())[:200]})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,8 +279,7 @@ def candidate_of(args, i: int) -> Candidate:
     config, stage, own = read_config(folder), path.name, {}
     whose = "teacher_steps" if stage in ("v", "gc") else "student_steps"
     own["steps"] = int(stage) if stage.isdigit() else config[whose]
-    is_inside = config.get("lora_rank") or "eval_guidance_scale" not in config
-    own["guidance_scale"] = 1.0 if is_inside else config["eval_guidance_scale"]
+    own["guidance_scale"] = 1.0 if config.get("lora_rank") else config.get("eval_guidance_scale", 1.0)
     takes_w = json.loads((path / "unet" / "config.json").read_bytes()).get("time_cond_proj_dim")
     if script == "dmd2_ddil" and takes_w:
         own["guidance_scale"] = config["guidance_scale"]  # the only one that it was trained at
@@ -306,33 +298,29 @@ def read_prompts(name: str) -> list[Prompt]:
     {"prompt": ..., "image": ...}), a text file with one a line, or a data set. SystemExit naming what is wrong."""
     path = Path(name)
     with exit_on_error(f"--prompts {name}: is no .txt or .json file of prompts, nor a data set"):
-        if path.suffix == ".json" and path.is_file():
+        if path.suffix == ".json":
             entries = json.loads(path.read_text(encoding="utf-8"))
             if "annotations" in entries:
                 rows = sorted(entries["annotations"], key=lambda row: (row["image_id"], row["id"]), reverse=True)
                 entries = dict(sorted({row["image_id"]: row["caption"] for row in rows}.items()))
             entries = [*entries.values()] if isinstance(entries, dict) else entries
-        elif path.is_file() and path.suffix == ".txt":
+        elif path.suffix == ".txt":
             entries = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         else:
             entries = open_rows(name, "--prompts", need_images=False).held_out
-    if not isinstance(entries, list) or not entries:
-        raise SystemExit(f"--prompts {name}: holds no prompts")
     prompts = []
     for i, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {"prompt": entry}
-        text, image = entry.get("prompt"), entry.get("image")
-        if not isinstance(text, str) or not text.strip() or set(entry) - {"prompt", "image"}:
-            wanted = 'a text, or {"prompt": text, "image": file}'
+        text, image = entry.get("prompt"), path.parent / entry["image"] if entry.get("image") else None
+        is_usable = isinstance(text, str) and text.strip() and not set(entry) - {"prompt", "image"}
+        if not is_usable or image and not image.is_file():
+            wanted = 'a text, or {"prompt": text, "image": a file that exists}'
             raise SystemExit(f"--prompts {name}: entry {i} is {entry}; it must be {wanted}")
-        if image and not (path.parent / image).is_file():
-            raise SystemExit(f"--prompts {name}: entry {i} has the image {path.parent / image}, which does not exist")
-        prompts.append(Prompt(text.strip(), path.parent / image if image else None))
+        prompts.append(Prompt(text.strip(), image))
     return prompts
 
 
 def subsample_evenly(items: Sequence, n: int) -> list:
-    """n items, evenly spaced over the list."""
     return [items[i * len(items) // n] for i in range(n)]
 
 
@@ -363,11 +351,8 @@ class Images:
 
 def reference_images(name: str) -> Images:
     """--reference: the images in a folder, or the training images of a data set."""
-    files = [f for f in sorted(Path(name).glob("*")) if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
-    images = Images(files or open_rows(name, "--reference", need_captions=False).train)
-    if len(images) < 2:
-        raise SystemExit(f"--reference {name}: holds {len(images)} image(s)")
-    return images
+    files = [f for f in sorted(Path(name).glob("*")) if f.suffix[1:].lower() in IMAGE_KINDS]
+    return Images(files or open_rows(name, "--reference", need_captions=False).train)
 
 
 Sampler = Callable[[list[str], list[int]], Tensor]  # prompts, noise indices -> images [B, 3, H, W] in [0, 1]
@@ -393,8 +378,7 @@ def open_candidate(candidate: Candidate, accelerator):
     if candidate.sampler != "trained":
         config = pipe.scheduler.config
         if "beta_start" not in config or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
-            own = type(pipe.scheduler).__name__
-            raise SystemExit(f"--sampler {candidate.sampler}: {candidate.model} has a {own}; take trained")
+            raise SystemExit(f"--sampler: {candidate.model} has a {type(pipe.scheduler).__name__}; take trained")
         pipe.scheduler = dpm_solver(pipe, config.prediction_type, order={"ddim": 1, "dpm++": 2}[candidate.sampler])
     with exit_on_error(f"--steps {candidate.steps}: {candidate.model} cannot be sampled in as many"):
         pipe.scheduler.set_timesteps(candidate.steps)
@@ -438,8 +422,7 @@ def generate(ev, name: str, settings: dict, sample: Sampler, prompts: list[str],
             list(saving)  # raises what went wrong
             for i, is_finite in zip(batch, images.isfinite().all(dim=(1, 2, 3)).tolist()):
                 if not is_finite:
-                    which = f"prompt {i} ({prompts[i]!r}, seed {settings['seed']}, noise {first_index + i})"
-                    raise SystemExit(f"images/{name}: the image of {which} is not finite; what was made before is kept")
+                    raise SystemExit(f"{files[i]}: the image of {prompts[i]!r}, seed {settings['seed']}, is not finite")
             pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # as diffusers does
             saving = IMAGE_THREADS.map(save_image, [files[i] for i in batch], pixels)
             bar.update(len(batch))
@@ -506,8 +489,7 @@ def weights_file(flag: str, source: str) -> Path:
             raise OSError("HF_HUB_OFFLINE is set")
         if is_url:  # each has a folder, as many files have one name
             return Path(download_pretrained_from_url(source, os.path.expanduser(f"~/.cache/clip/{digest(source)}")))
-        owner, _, file = source.rpartition("/")
-        return Path(download_pretrained_from_hf(owner, file))
+        return Path(download_pretrained_from_hf(*source.rsplit("/", 1)))
 
 
 def describe_weights(file: Path, name: str = "", resolution: int | None = None) -> dict:
@@ -525,8 +507,7 @@ def stack_uint8(images: list[Image.Image], size: int | None = None) -> Tensor:
         if size:
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
-            image = image if side == size else image.resize((size, size), Image.LANCZOS)
+            image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.LANCZOS)
         arrays.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
     return torch.stack(arrays)
 
@@ -559,8 +540,7 @@ def load_clip(args, device, flag: str = "clip_weights", architecture: str = "ViT
     else:
         file = weights = weights_file(f"--{flag}", source)
     with exit_on_error(f"{what}: does not hold a {name}"):
-        pretrained = weights and str(weights)
-        net, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
+        net, _, preprocess = open_clip.create_model_and_transforms(name, weights and str(weights), device=device)
         tokenizer = open_clip.get_tokenizer(name)
     net.eval()
     if flag == "hps_weights":
@@ -579,12 +559,10 @@ def resize_and_pad(image: Image.Image, visual) -> Tensor:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as F
 
-    size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+    size = visual.image_size[0]
     height, width = (round(side * (size / max(image.size))) for side in (image.height, image.width))
     x = F.resize(F.to_tensor(image), [height, width], InterpolationMode.BICUBIC, antialias=True)
-    left, top = (size - width) // 2, (size - height) // 2
-    x = F.pad(x, [left, top, size - width - left, size - height - top])
-    return F.normalize(x, visual.image_mean, visual.image_std)
+    return F.normalize(F.center_crop(x, [size, size]), visual.image_mean, visual.image_std)  # it pads
 
 
 def load_lpips(args, device) -> FeatureExtractor:
@@ -609,18 +587,16 @@ def load_lpips(args, device) -> FeatureExtractor:
 
 def load_tiny_classifier(args, device) -> FeatureExtractor:
     """assets/tiny's own classifier: the colour, digit and background in an image, and those in a caption, [B, 3]."""
-    spec = importlib.util.spec_from_file_location("make_tiny", TINY / "make.py")
-    world = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(world)
-    net, colour = world.load_judge(device), world.nearest_colour
+    world = runpy.run_path(str(TINY / "make.py"))
+    net, colour = world["load_judge"](device), world["nearest_colour"]
 
     def seen(images: list[Image.Image]) -> Tensor:
-        digit, foreground, background = world.separate(stack_uint8(images).to(device) / 255)
+        digit, foreground, background = world["separate"](stack_uint8(images).to(device) / 255)
         return torch.stack([colour(foreground), net(digit).argmax(dim=1), colour(background)], dim=1)
 
     def said(prompts: list[str]) -> Tensor:
         with exit_on_error("--metrics alignment: judges the captions of assets/tiny, and not all prompts are such"):
-            return torch.tensor([world.parse_caption(prompt) for prompt in prompts], device=device)
+            return torch.tensor([world["parse_caption"](prompt) for prompt in prompts], device=device)
 
     return FeatureExtractor("judge", describe_weights(TINY / "judge" / "judge.safetensors"), seen, said)
 
@@ -634,7 +610,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * cross).item()
 
 
-def coverage_of(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> float:
+def coverage_of(real: Tensor, fake: Tensor, k: int = 5) -> float:
     """Share of the real points [n, D] with a generated one [m, D] nearer than their k-th real neighbour (Naeem 2020)."""
     real, fake = real.double(), fake.double()
     parts = real.split(1000)
@@ -734,8 +710,7 @@ class Evaluation:
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))  # sec. 5: random prompts
         self.diversity_prompts = [prompts[i] for i in order[:DIVERSITY_PROMPTS].sort().values]
         if "similarity" in args.metrics and not all(prompt.image for prompt in self.diversity_prompts):
-            wanted = 'must name the "image" they were inverted from'
-            raise SystemExit(f"--metrics similarity: the entries of --prompts {args.prompts} {wanted}")
+            raise SystemExit(f'--metrics similarity: --prompts {args.prompts} must name the "image" of each prompt')
         makers = {metric: METRICS[metric].net for metric in args.metrics if METRICS[metric].net}
         if {"coverage", "fid"} <= makers.keys():
             makers["coverage"] = load_inception
@@ -795,8 +770,6 @@ class Evaluation:
 
 def load_features(file: Path, facts: dict[str, str]) -> Tensor:
     """Those that an evaluation kept; SystemExit if they are of another network or another resize."""
-    if not file.is_file():
-        raise SystemExit(f"--reference {file}: no such file")
     with exit_on_error(f"--reference {file}: cannot be read as features"), safe_open(file, framework="pt") as saved:
         there = saved.metadata() or {}
         differs = [f"{name} is {there.get(name)} there, {v} here" for name, v in facts.items() if there.get(name) != v]
@@ -929,9 +902,8 @@ class Pair:
         stage_v = candidate.run / "stages" / "v" if candidate.run else None
         teacher = ev.args.teacher or (str(stage_v) if stage_v and stage_v.is_dir() else config.get("teacher"))
         data = ev.args.data or config.get("data")
-        for flag, value, needed in ("teacher", teacher, True), ("data", data, "gap" in ev.args.shift):
-            if needed and value is None:
-                raise SystemExit(f"--shift: {candidate.model} belongs to no run that names its {flag}; give --{flag}")
+        if "gap" in ev.args.shift and not data:
+            raise SystemExit(f"--shift gap: {candidate.model} belongs to no run that names its data; give --data")
         teacher_steps = ev.args.teacher_steps or config.get("teacher_steps", 32)
         self.pipe, self.teacher_pipe = load_pipeline(candidate.model, "MODEL"), load_pipeline(teacher, "--teacher")
         if not ev.args.teacher:
@@ -940,11 +912,9 @@ class Pair:
         self.pipe.scheduler.set_timesteps(candidate.steps)
         own = self.pipe.scheduler.timesteps.tolist()
         if candidate.sampler == "trained" and own != grid:  # the other samplers take our grid
-            why = f"samples at {own}, not on DDIM's grid {grid}, which only PD's students share with their teacher"
-            raise SystemExit(f"--shift: {candidate.model} {why}")
+            raise SystemExit(f"--shift: {candidate.model} samples at {own}, not on PD's and DDIM's grid {grid}")
         if not set(grid) <= set(teacher_grid):
-            why = f"the student's timesteps {grid} are not all on the teacher's grid {teacher_grid}"
-            raise SystemExit(f"--teacher_steps {teacher_steps}: {why}; it must be a multiple of {candidate.steps}")
+            raise SystemExit(f"--teacher_steps {teacher_steps}: must be a multiple of {candidate.steps}, the student's")
         self.schedule = load_schedule(self.teacher_pipe).to(self.device)
         is_same = torch.equal(load_schedule(self.pipe).alpha.to(self.device), self.schedule.alpha)
         if latent_shape(self.teacher_pipe) != latent_shape(self.pipe) or not is_same:
@@ -1123,7 +1093,6 @@ Scores = dict[str, tuple[float, float | None]]  # name -> mean over runs and see
 
 
 def arm_scores(rows: list[dict], label: str, kind: str, metric: str) -> Scores:
-    """Of each arm."""
     groups = grouped([row for row in rows if (row["label"], row["kind"]) == (label, kind)], "arm")
     return {arm: over_runs([row["scores"][metric]["value"] for row in group]) for (arm,), group in groups.items()}
 
@@ -1163,19 +1132,15 @@ def shift_tables(ev: Evaluation, rows: list[dict], gaps: list[dict]) -> str:
 @contextmanager
 def saved_figure(file: Path, height: int, width: int):
     """The axes [height, width] of a figure that is then saved, with a legend wherever something was named."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = {"figsize": (14 / 3 * width, 3.8 * height), "layout": "constrained"}
-    figure, axes = plt.subplots(height, width, squeeze=False, **size)
+    figure = Figure(figsize=(14 / 3 * width, 3.8 * height), layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False)
     yield axes
     for axis in axes.flat:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -> None:
@@ -1187,14 +1152,11 @@ def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -
     metrics = best[:2] if rows else []
     labels = [label for (label,) in grouped([*rows, *gaps], "label")]
     styles = {"student": "--", "teacher": "-", "other images": ":"}
-    shifts = [  # columns of shift_gap, title
-        (
-            [("FD, student", "--"), ("FD, teacher", "-"), ("FD, other images", ":")],
-            "visited to forward-diffused latents",
-        ),
-        ([("FD, student to teacher", "--")], "visited latents to the guided model's own"),
-        ([("disagreement, visited / forward", "--")], "disagreement on visited / forward-diffused"),
-    ]
+    shifts = {  # title: columns of shift_gap
+        "visited to forward-diffused latents": {f"FD, {who}": line for who, line in styles.items()},
+        "visited latents to the guided model's own": {"FD, student to teacher": "--"},
+        "disagreement on visited / forward-diffused": {"disagreement, visited / forward": "--"},
+    }
 
     def draw(axis, curves: list[Scores], line: str) -> None:
         is_shared = len(labels) > 1 and all(scores == curves[0] for scores in curves)
@@ -1218,10 +1180,10 @@ def plot_shift(ev: Evaluation, rows: list[dict], gaps: list[dict], file: Path) -
             panels[1].set(title="switched (Tables 6, 7): who is first", xlabel="second moves from t")
             panels[2].set(title="one interval handed over (Fig. 4)", xlabel="interval that starts at t")
         found = [gap_scores(gaps, label) for label in labels]
-        for axis, (columns, title) in zip(axes[-1], shifts if gaps else ()):
-            for column, line in columns:
+        for axis, (title, columns) in zip(axes[-1], shifts.items() if gaps else ()):
+            for column, line in columns.items():
                 draw(axis, [{f"{row['t'][0]:.0f}": row[column] for row in at} for at in found], line)
-            axis.set(title=title, xlabel="t", ylabel="ratio" if "/" in column else "Frechet distance")
+            axis.set(title=title, xlabel="t", ylabel="ratio" if "/" in title else "Frechet distance")
         named = [Line2D([], [], color=f"C{i}", label=label) for i, label in enumerate(labels)]
         named += [Line2D([], [], color="black", label="the same for all")] * (len(labels) > 1)
         named += [Line2D([], [], color="grey", linestyle=line, label=who) for who, line in styles.items()]
@@ -1235,9 +1197,9 @@ CURVES = {
     "share that reflect moves": "moved_.*",
 }
 OWN_CURVE = {
-    "pd_ddil": ("error against the teacher", "paired_error|stage_error"),
-    "lcm_ddil": ("loss by timestep", r"loss_t\d+"),
-    "dmd2_ddil": ("latents of data, x, and generated, x_g", "x_mean|x_std|x_g_mean|x_g_std"),
+    "pd_ddil": {"error against the teacher": "paired_error|stage_error"},
+    "lcm_ddil": {"loss by timestep": r"loss_t\d+"},
+    "dmd2_ddil": {"latents of data, x, and generated, x_g": "x_mean|x_std|x_g_mean|x_g_std"},
 }
 
 
@@ -1262,24 +1224,21 @@ def mark_phases(axes, rows: list[dict]) -> None:
 
 
 def plot_curves(runs: Sequence[tuple[str, Path, str]], file: Path) -> None:
-    """A row of panels for each run: its metrics.csv with vertical lines where phases begin, and dashed that of the embedded
-    default (assets/results/curves)."""
+    """A row of panels for each run: its metrics.csv, and dashed that of the embedded default."""
     with saved_figure(file, len(runs), 4) as axes:
         for (label, run, script), row in zip(runs, axes):
-            title, own = OWN_CURVE[script]
             sources = run / "metrics.csv", TINY.parent / "results" / "curves" / f"{script}.csv"
             for source, style in zip(sources, ({}, {"linestyle": "--", "alpha": 0.4})):
                 found = [*csv.DictReader(source.read_text(encoding="utf-8").splitlines())]
                 if not style:
                     mark_phases(row, found)
-                for axis, (what, columns) in zip(row, (CURVES | {title: own}).items()):
+                for axis, (what, columns) in zip(row, (CURVES | OWN_CURVE[script]).items()):
                     for i, name in enumerate(name for name in found[0] if re.fullmatch(columns, name)):
                         points = [(int(r["total_updates"]), float(r[name])) for r in found if r[name]]
                         more = {"label": None if style else name, "marker": "o" if len(points) < 12 else None}
-                        axis.plot(*zip(*points), color=f"C{i % 10}", **style, **more)
-                    axis.set(
-                        title=what, xlabel="update", yscale="log" if what in ("loss", "gradient norm") else "linear"
-                    )
+                        axis.plot(*zip(*points), color=f"C{i}", **style, **more)
+                    scale = "log" if what in ("loss", "gradient norm") else "linear"
+                    axis.set(title=what, xlabel="update", yscale=scale)
             row[0].plot([], [], "--", color="grey", label="the embedded default")
             row[0].set_ylabel(label)
 
@@ -1343,8 +1302,7 @@ def main(argv=None) -> None:
             rows += evaluate_arms(ev, pair, seed)
             gaps += [shift_gap(ev, pair, seed)] if "gap" in args.shift else []
             tables = report(ev, results, rows, gaps) if accelerator.is_main_process else ""
-    accelerator.print(tables)
-    accelerator.print(f"{folder}: results.json, results.md, images/ and pictures of them")
+    accelerator.print(f"{tables}\n{folder}: results.json, results.md, images/ and pictures of them")
     accelerator.end_training()
 
 
