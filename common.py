@@ -704,7 +704,7 @@ def version_of(files: Iterable, *code: Callable) -> str:
 
 
 def row_of(sample: dict, caption: str | None) -> dict:
-    """Of contents by kind, as in tars: the first image, and the text, else the usual field of the json; or a named field."""
+    """A row from contents by kind, as in tars: the first image, and the text, else the usual field of the json; or a named field."""
     fields = {}
     with suppress(ValueError):
         fields = json.loads(sample.get("json", b"{}"))
@@ -1481,7 +1481,7 @@ def start_accelerator(**settings):
 
 
 def frozen_dtype(accelerator) -> torch.dtype:
-    """Of networks that are not trained: half precision under mixed precision."""
+    """Networks that are not trained are in half precision under mixed precision."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 

@@ -631,7 +631,7 @@ def mean_of(values: Tensor, **more) -> dict:
 
 
 def mean_cosine(ev, net: FeatureExtractor, images: Images) -> dict:
-    """Of images and their prompts, as it is: not times 100, not cut at 0."""
+    """Mean cosine of images and their prompts, as it is: not times 100, not cut at 0."""
     return mean_of((ev.features(net, images) * ev.texts(net, images)).sum(dim=1))
 
 
@@ -647,7 +647,7 @@ def frechet(ev, net: FeatureExtractor, images: Images) -> dict:
 
 
 def coverage(ev, net: FeatureExtractor, images: Images) -> dict:
-    """Of at most 10,000 images a side, drawn at random."""
+    """Coverage of at most 10,000 images a side, drawn at random."""
     drawn = lambda f: f[torch.randperm(len(f), generator=torch.Generator().manual_seed(0))[:10_000]]
     real, fake = drawn(ev.reference(net)), drawn(ev.features(net, images))
     return score(coverage_of(real, fake), len(fake), n_real=len(real))
@@ -667,7 +667,7 @@ def diversity(ev, net: FeatureExtractor, images: Images) -> dict:
 
 
 def similarity(ev, net: FeatureExtractor, images: Images) -> dict:
-    """Of images to the one that their prompt was inverted from (Table 8): mean cosine of image features."""
+    """Mean cosine, in image features, to the image that a prompt was inverted from (Table 8)."""
     f = ev.features(net, images).unflatten(0, (-1, DIVERSITY_SEEDS))
     sources = ev.features(net, Images([prompt.image for prompt in ev.diversity_prompts]))
     return mean_of((f * sources[:, None]).sum(dim=-1).mean(dim=1))
@@ -739,7 +739,7 @@ class Evaluation:
         return torch.cat([part.cpu() for part in across_ranks(self.accelerator, n, batch_size, function, "measuring")])
 
     def features(self, net: FeatureExtractor, images: Images) -> Tensor:
-        """Of all images, [n, D]; metrics of one network share the last ones."""
+        """Features of all images, [n, D]; metrics of one network share the last ones."""
         if self.last.get(net, (None,))[0] is not images:
             self.last[net] = images, self.across_ranks(len(images), lambda rows: net.encode_images(images.load(rows)))
         return self.last[net][1]
@@ -1098,7 +1098,7 @@ def arm_scores(rows: list[dict], label: str, kind: str, metric: str) -> Scores:
 
 
 def gap_scores(gaps: list[dict], label: str) -> list[Scores]:
-    """Of shift_gap's columns, at each timestep."""
+    """Scores of shift_gap's columns, at each timestep."""
     found = zip(*[gap["value"] for gap in gaps if gap["label"] == label])
     return [{name: over_runs([row[name] for row in at]) for name in at[0]} for at in found]
 

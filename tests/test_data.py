@@ -313,7 +313,7 @@ def test_a_crawl(streaming, tmp_path, capsys):
 
 
 def captions_of(data, n_batches: int, prompts=False) -> list[str]:
-    """Of the next batches; the tokenizer of these tests is invertible."""
+    """Captions of the next batches; the tokenizer of these tests is invertible."""
     tokenizer = data.prompts.tokenizers[0]
     batches = [data.next_ids() if prompts else data.next()[1] for _ in range(n_batches)]
     return [tokenizer.decode(ids[0], skip_special_tokens=True).replace(" ", "") for batch in batches for ids in batch]
@@ -369,7 +369,7 @@ def test_each_sample_reaches_training_once(kind, streaming, tmp_path, teacher_fo
 
 @pytest.mark.parametrize("n_files", [1, 2, 3, 20])
 def test_ranks_share_the_files_of_a_stream(n_files, tmp_path, teacher_folder, capsys):
-    """Of few files that cannot be shared evenly, each reads all. Held-out captions are in no rank's."""
+    """Few files that cannot be shared evenly are read by each rank. Held-out captions are in no rank's."""
     folder, seen = save_shards(tmp_path / "tars", "tar", n_files), []
     for rank in range(2):
         data = open_stream(folder, teacher_folder, True, rank, 2, batch_size=1)

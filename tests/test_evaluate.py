@@ -53,7 +53,7 @@ def in_bf16(monkeypatch, function):
 
 
 def images_of(out, *words) -> dict:
-    """Of the one folder of images whose name has all the words (and ends with the last, if several do)."""
+    """Images of the one folder whose name has all the words (and ends with the last, if several do)."""
     folders = [f for f in (out / "images").iterdir() if all(word in f.name for word in words)]
     (folder,) = [f for f in folders if len(folders) == 1 or f.name.endswith(words[-1])]
     return {f.name: np.asarray(Image.open(f)).astype(int) for f in sorted(folder.glob("*.png"))}

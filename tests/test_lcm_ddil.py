@@ -96,8 +96,8 @@ def test_settings_are_the_paper_s():
 @pytest.mark.parametrize("source", ["student", "teacher"])
 @torch.no_grad()
 def test_states_are_those_of_diffusers_schedulers(source, tmp_path, teacher_folder, data_folder, monkeypatch):
-    """Equal to the student's sampler's, and to those of the teacher's DDIM on the solver grid, guided and reflected; stopped at any point of
-    three to five steps of the student's, but at the start only if asked for [D12]."""
+    """Equal to the student's sampler's, and to the teacher's DDIM on the solver grid, guided and reflected; stopped at any
+    point of three to five steps of the student's, but at the start only if asked for [D12]."""
     run = open_run(lcm_ddil, f"{paths(tmp_path, teacher_folder, data_folder)} {FLAGS} --reflect 0.5")
     (trained, _, teacher), stops = networks_of(run), noting(monkeypatch, lcm_ddil, "sample_rollout_timesteps")
     student, noise, lcm = run.model(trained.unwrapped), torch.Generator(), lcm_scheduler(run.pipe, 50)
