@@ -37,14 +37,14 @@ from torch import Tensor
 
 # By common.py's sections
 # isort: off
-from common import CLEAN, NoiseSchedule, uniform_timesteps, eps_from_v, forward_diffuse, timestep_grid, x_from_v
+from common import CLEAN, NoiseSchedule, eps_from_v, forward_diffuse, timestep_grid, uniform_timesteps, x_from_v
 from common import Support, clipped_fraction, reflect
 from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout
 from common import SamplingPrior
 from common import UNetModel, add_lora, betas_of, latent_shape, lcm_scheduler, load_pipeline, load_schedule
 from common import refuse_zero_snr, with_guidance, without_lora
-from common import Run, TrainableNetwork, add_lora_flag, add_prior_flags, flag_parser, non_negative, part_of, positive
-from common import positive_int, resolve_priors, resolve, derive_seed
+from common import Run, TrainableNetwork, add_lora_flag, add_prior_flags, derive_seed, flag_parser, non_negative
+from common import part_of, positive, positive_int, resolve, resolve_priors
 # isort: on
 
 # Any flag overrides its recipe.

@@ -52,10 +52,11 @@ from tqdm import tqdm
 
 # By common.py's sections
 # isort: off
-from common import CLEAN, add_noise, rotation, timestep_grid
+from common import CLEAN, add_noise, timestep_grid
+from common import rotation
 from common import mixed_rollout, student_rollout, teacher_rollout
-from common import PromptEncoder, UNetModel, dpm_solver, find_pipeline, latent_shape, load_pipeline, load_schedule
-from common import image_shape, images_at_once, open_pipeline, with_guidance
+from common import PromptEncoder, UNetModel, dpm_solver, find_pipeline, image_shape, images_at_once, latent_shape
+from common import load_pipeline, load_schedule, open_pipeline, with_guidance
 from common import IMAGE_KINDS, LatentData, open_image, open_rows
 from common import across_ranks, derive_seed, fingerprint, frozen_dtype, noise_generator, noise_of, number, parser_of
 from common import positive_int, read_config, resolve_priors, save_sheet, seed_int, share, start_accelerator

@@ -35,9 +35,10 @@ from common import CLEAN, NoiseSchedule, forward_diffuse, timestep_grid
 from common import Support, ddim_step
 from common import Model, consistency_function, consistency_rollout, student_rollout, teacher_rollout, to_device
 from common import SamplingPrior
-from common import add_lora, drop_prompts, lcm_scheduler, refuse_zero_snr, with_guidance, with_w_embedding, without_lora
-from common import Run, TrainableNetwork, add_lora_flag, add_prior_flags, flag_parser, non_negative, part_of, positive
-from common import full_tensor, positive_int, resolve, resolve_priors, share
+from common import add_lora, drop_prompts, lcm_scheduler, refuse_zero_snr, with_guidance, with_w_embedding
+from common import without_lora
+from common import Run, TrainableNetwork, add_lora_flag, add_prior_flags, flag_parser, full_tensor, non_negative
+from common import part_of, positive, positive_int, resolve, resolve_priors, share
 # isort: on
 
 # Any flag overrides its recipe.

@@ -35,13 +35,13 @@ from torch import Tensor
 
 # By common.py's sections
 # isort: off
-from common import CLEAN, NoiseSchedule, uniform_timesteps, forward_diffuse, timestep_grid
+from common import CLEAN, NoiseSchedule, forward_diffuse, timestep_grid, uniform_timesteps
 from common import Support, ddim_step, reflect_v, rotation
 from common import Model, mixed_rollout, teacher_rollout
 from common import SamplingPrior, TrajectoryBuffer
 from common import dpm_solver, drop_prompts, latent_shape, load_pipeline, with_guidance, with_w_embedding
-from common import Run, flag_parser, across_ranks, noise_of, non_negative, positive, positive_int, refuse_changes
-from common import replace_folder, resolve, derive_seed, share
+from common import Run, across_ranks, derive_seed, flag_parser, noise_of, non_negative, positive, positive_int
+from common import refuse_changes, replace_folder, resolve, share
 # isort: on
 
 # Any flag overrides its recipe. `updates` of a phase: one number for each of its parts; halvings are named by the steps of
