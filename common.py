@@ -1283,8 +1283,7 @@ def parser_of(doc: str, usage: str) -> argparse.ArgumentParser:
     libraries' too, show only what takes two seconds or more."""
     from tqdm import tqdm
 
-    if not isinstance(vars(tqdm)["__init__"], partialmethod):  # once
-        tqdm.__init__ = partialmethod(tqdm.__init__, delay=2)
+    tqdm.__init__ = partialmethod(vars(tqdm)["__init__"], delay=2)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
