@@ -211,6 +211,22 @@ def test_run_folder(script, finished, teacher_folder):
     assert all(1e-3 < way < 1 for way in moved[: len(stages) or 1]) and not any(moved[len(stages) or 1 :])
 
 
+@pytest.mark.parametrize("script", UPDATES)
+def test_terminal(script, finished, tmp_path):
+    """What comes, how far it is, and in the end a picture that exists and a line that samples, as a shell takes it."""
+    folder = finished(script)
+    out = folder.with_name("log").read_text()
+    for words in ("is distilled on", "updates: ", "pictures in ", f"starting at update 1 of {UPDATES[script]}"):
+        assert words in out, out
+    assert script != "pd_ddil" or "gc 2/4: " in out and "paired error  undistilled  stage error\n    4 " in out
+    assert Path(re.search(r"^look at (.+\.png)$", out, re.MULTILINE)[1]).is_file()
+    (line,) = re.findall(r"^or try: (python .+)$", out, re.MULTILINE)
+    if script != "pd_ddil":
+        return
+    subprocess.run(line.replace("python", f'"{sys.executable}"', 1), shell=True, cwd=tmp_path, check=True)
+    assert Image.open(tmp_path / "sample.png").width == 32
+
+
 def test_forwards_of_pd(finished):
     """For each of B samples v 3 (backward = 2), guidance 2 + 3, halvings 2 + 3 by forward diffusion and 3 from D_DAgger, to
     which a rollout of B prompts through M intervals adds B (2 M - 1) to B (3 M - 2)."""
