@@ -215,19 +215,18 @@ def gain_figure(rows: list[dict], picture: Path) -> None:
         style = {"color": COLOURS[steps], "marker": "o"}
         line = [(0.375, DDIL, "chain"), *((share, arm, "chain") for share, arm in DOSES.items())]
         draw(dose, sorted(line), steps, label=f"{steps} steps", **style)
-        line = [(log2(times), DDIL, setting) for times, setting in UPDATES.items()]
-        draw(duration, line, steps, label=f"{steps} steps, the paper's shares" if steps > 2 else None, **style)
-        line = [(log2(times), HIGH, setting) for times, setting in UPDATES.items()]
-        if steps > 2:
-            draw(duration, line, steps, label=f"{steps} steps, --p_forward .25", linestyle="--", **style)
+        for arm, name, kind in ((DDIL, "the paper's shares", "-"), (HIGH, "--p_forward .25", "--")):
+            line = [(log2(times), arm, setting) for times, setting in UPDATES.items()]
+            if steps > 2:
+                draw(duration, line, steps, label=f"{steps} steps, {name}", linestyle=kind, **style)
         line = [(x, DDIL, setting) for x, setting in enumerate(GUIDANCE.values())]
         draw(guidance, line, steps, label=f"{steps} steps", **style)
     for steps in (8, 4, 2):
         label = "control" if steps == 8 else None
         draw(dose, [(0.75, HIGH_CONTROL, "chain")], steps, fmt="x", color="grey", label=label)
     by_steps.set(title="how much", xticks=range(4), xticklabels=[f"{k} steps" for k in COLOURS])
-    dose.set(title="dose: share of the updates on D_DAgger", xticks=[0.25, 0.375, 0.5, 0.75, 0.9, 1])
-    dose.set_xticklabels([".25", "paper", ".5", ".75", ".9", "1"])
+    dose.set(title="dose: share of the updates on D_DAgger", xticks=[0.375, 0.75, 0.9, 1])
+    dose.set_xticklabels(["the paper's", ".75", ".9", "1"])
     duration.set(title="duration: updates relative to the recipe's", xticks=[-1, 0, 1, 3], xticklabels=["1/2", "1", "2", "8"])
     guidance.set(title="guidance in training: w", xticks=range(4), xticklabels=GUIDANCE)
     for axis in axes.flat:
