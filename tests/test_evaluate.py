@@ -301,8 +301,12 @@ def random_images(n: int, size=(48, 32), seed: int = 0) -> list[Image.Image]:
 
 
 def shown(images, prompts=()) -> Images:
-    """Images in memory, as the rows of a data set."""
-    return Images(tuple({"image": image} for image in images), prompts)
+    """Images in memory, as the rows of a data set: a file's bytes each."""
+    rows = []
+    for image in images:
+        image.save(file := io.BytesIO(), "PNG")
+        rows.append({"image": file.getvalue()})
+    return Images(tuple(rows), prompts)
 
 
 def random_clip(folder, weights: dict | None = None):
