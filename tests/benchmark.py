@@ -342,7 +342,8 @@ def run_full(script, flags: list, folder: Path, updates: int) -> tuple[float, fl
     on_gpu = torch.cuda.is_available()
     AcceleratorState._reset_state(reset_partial_state=True)
     more = f"--output_dir {folder}/run --overwrite --log_every 1 --save_every 1000000"
-    no_files = patch.multiple(common.Run, save=lambda run: None, draw=lambda *args: None)  # 10 GB each
+    # checkpoints are 10 GB each
+    no_files = patch.multiple(common.Run, save_checkpoint=lambda run: None, save_preview_once=lambda *args: None)
     try:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
