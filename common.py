@@ -704,7 +704,7 @@ def version_of(files: Iterable, *code: Callable) -> str:
 
 
 def row_of(sample: dict, caption: str | None) -> dict:
-    """A row from contents by kind, as in tars: the first image, and the text, else the usual field of the json; or a named field."""
+    """A row from contents by kind, as in tars: the first image; the text, else the usual or a named field of the json."""
     fields = {}
     with suppress(ValueError):
         fields = json.loads(sample.get("json", b"{}"))
@@ -1275,7 +1275,9 @@ multiple_of_8 = number(int, "a multiple of 8", lambda n: n > 0 and n % 8 == 0)
 positive = number(float, "> 0 and finite", lambda x: 0 < x < math.inf)
 non_negative = number(float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
 share = number(float, "in [0, 1]", lambda x: 0 <= x <= 1)
-threshold = number(str, "measured, none or > 0", lambda x: x in ("measured", "none") or 0 < float(x) < math.inf)
+threshold = number(
+    str, "measured, none or a radius > 0", lambda x: x in ("measured", "none") or 0 < float(x) < math.inf
+)
 
 
 def parser_of(doc: str, usage: str) -> argparse.ArgumentParser:

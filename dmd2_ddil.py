@@ -102,7 +102,7 @@ def matching_gradient(
 def gan_gradient(
     schedule: NoiseSchedule, discriminator: Discriminator, x_g: Tensor, cond: dict, generator
 ) -> tuple[Tensor, Tensor]:
-    """(gradient at x_g, losses [B]) of softplus(-discriminator), on x_g noised to any level. Leaves the critic's gradients alone."""
+    """(gradient at x_g, losses [B]) of softplus(-logits), on x_g noised to any level; the critic's gradients stay."""
     x_g = x_g.detach().requires_grad_(True)
     t = uniform_timesteps(schedule, len(x_g), generator)
     losses = F.softplus(-discriminator(forward_diffuse(schedule, x_g, t, generator)[0], t, cond))
@@ -120,7 +120,7 @@ def student_step(
     gan_weight: float,
     generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The student's losses on what it generated, x_g with its graph: distribution matching, and GAN where there is a discriminator."""
+    """The student's losses on what it generated, x_g with its graph: distribution matching, and GAN if there is one."""
     tau = torch.randint(NOISE_RANGE[0], NOISE_RANGE[1] + 1, (len(x_g),), generator=generator, device=x_g.device)
     g, x_real, x_fake = matching_gradient(schedule, real_score, fake_score, x_g, tau, cond, support, generator)
     losses = 0.5 * (x_g - (x_g - g).detach()).pow(2).mean(dim=(1, 2, 3))  # its gradient at x_g is g over C h w
@@ -236,7 +236,7 @@ class GANHead(torch.nn.Sequential):
 class Critic(torch.nn.Module):
     """The fake score's UNet and the GAN's head on its mid block, in one module, so that one engine keeps both in step.
 
-    critic(...) is the UNet's output; critic(..., return_logits=True) the head's logits, for which the decoder is not run."""
+    critic(...) is the UNet's output; with return_logits=True the head's logits, for which the decoder is not run."""
 
     def __init__(self, unet, head: GANHead | None):
         super().__init__()

@@ -309,6 +309,8 @@ def read_prompts(name: str) -> list[Prompt]:
             entries = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         else:
             entries = open_rows(name, "--prompts", need_images=False).held_out
+    if not isinstance(entries, list) or not entries:
+        raise SystemExit(f"--prompts {name}: holds no prompts")
     prompts = []
     for i, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {"prompt": entry}
@@ -353,7 +355,10 @@ class Images:
 def reference_images(name: str) -> Images:
     """--reference: the images in a folder, or the training images of a data set."""
     files = [f for f in sorted(Path(name).glob("*")) if f.suffix[1:].lower() in IMAGE_KINDS]
-    return Images(files or open_rows(name, "--reference", need_captions=False).train)
+    images = Images(files or open_rows(name, "--reference", need_captions=False).train)
+    if len(images) < 2:
+        raise SystemExit(f"--reference {name}: holds {len(images)} image(s)")
+    return images
 
 
 Sampler = Callable[[list[str], list[int]], Tensor]  # prompts, noise indices -> images [B, 3, H, W] in [0, 1]
@@ -771,6 +776,8 @@ class Evaluation:
 
 def load_features(file: Path, facts: dict[str, str]) -> Tensor:
     """Those that an evaluation kept; SystemExit if they are of another network or another resize."""
+    if not file.is_file():
+        raise SystemExit(f"--reference {file}: no such file")
     with exit_on_error(f"--reference {file}: cannot be read as features"), safe_open(file, framework="pt") as saved:
         there = saved.metadata() or {}
         differs = [f"{name} is {there.get(name)} there, {v} here" for name, v in facts.items() if there.get(name) != v]

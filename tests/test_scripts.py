@@ -486,7 +486,7 @@ BAD = """
 --reuse 0                         | argument --reuse: 0: must be > 0 and finite
 --warmup -1                       | argument --warmup: -1: must be a whole number >= 0
 --seed 3000000000                 | argument --seed: 3000000000: must be a whole number from 0 to 2^31 - 1
---reflect 0                       | argument --reflect: 0: must be measured, none or > 0
+--reflect 0                       | argument --reflect: 0: must be measured, none or a radius > 0
 --guidance_range -1 2             | argument --guidance_range: -1: must be >= 0 and finite
 --guidance_range 6 2              | --guidance_range [6.0, 2.0]: must be LO HI
 --updates 8=1,2,3                 | argument --updates: 8=1,2,3: must read PHASE=U or PHASE=U,U

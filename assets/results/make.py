@@ -25,13 +25,12 @@ MEASURES = {  # of shift.csv
 COLOURS = {16: "C0", 8: "C1", 4: "C2", 2: "C3"}  # of numbers of steps
 DDIL = "PD + DDIL"
 DOSES = {  # share of the updates on D_DAgger -> arm; student_rate .475 throughout
-    0.25: f"{DDIL}, p_forward .75",
     0.5: f"{DDIL}, p_forward .5",
     0.75: f"{DDIL}, p_forward .25",
     0.9: f"{DDIL}, p_forward .1",
     1: f"{DDIL}, p_forward 0, --store_start",
 }
-HIGH, HIGH_CONTROL = DOSES[0.75], "PD + control, p_forward .25"
+HIGH = DOSES[0.75]
 UPDATES = {  # relative to the recipe's -> setting
     0.5: "chain, half the updates",
     1: "chain",
@@ -44,7 +43,6 @@ GUIDANCE = {  # range of w -> setting
     "2 to 10": "chain, w from 2 to 10",
     "2 to 14": "chain",
 }
-RATES = {0: f"{HIGH}, student_rate 0", 0.475: HIGH, 1: f"{HIGH}, student_rate 1"}  # who moves
 ALONE = [f"{2 * k} -> {k} alone, each seed's own PD teacher" for k in (8, 4, 2)]
 
 
@@ -117,10 +115,8 @@ def by_dose(rows: list[dict]) -> None:
     errors = [f"error, {steps} steps" for steps in COLOURS]
     print_header("D_DAgger", "seeds", *errors, *(f"{score}, {steps} steps" for score, steps in scores))
     paper = {"0 (PD)": "PD", ".25, then .5 (the paper's)": DDIL}
-    for share, arm in (paper | DOSES | {"control, .75": HIGH_CONTROL}).items():
+    for share, arm in (paper | DOSES).items():
         found = [by_seed(rows, f"{arm}; chain", steps, "paired_error") for steps in COLOURS]
-        if not found[0]:
-            continue
         plain = [by_seed(rows, "PD; chain", steps, "paired_error") for steps in COLOURS]
         cells = ["" if arm == "PD" else f"{change(*pair)} (p {p_value(*pair)})" for pair in zip(plain, found)]
         cells += [shown([*v.values()]) if (v := by_seed(rows, f"{arm}; chain", k, s)) else "" for s, k in scores]
@@ -138,19 +134,6 @@ def by_setting(rows: list[dict], name: str, settings: dict, arms: dict[str, str]
             cells.append(f"{change(plain, found)} ({len(pairs(plain, found))})" if pairs(plain, found) else "")
         if any(cells):
             print_row(value, steps, f"{shown([*plain.values()])} ({len(plain)})", *cells)
-
-
-def by_mover(rows: list[dict]) -> None:
-    """Who moves, where D_DAgger has three quarters of the updates: change of the error to plain PD's."""
-    print_header("steps", "seeds", *(f"--student_rate {rate}" for rate in RATES), "student alone to teacher alone", "p")
-    for steps in COLOURS:
-        arms = [by_seed(rows, f"{arm}; chain", steps, "paired_error") for arm in RATES.values()]
-        plain = by_seed(rows, "PD; chain", steps, "paired_error")
-        seeds = set.intersection(*map(set, arms))
-        if seeds:
-            arms = [{seed: arm[seed] for seed in seeds} for arm in arms]
-            cells = [change(plain, arm) for arm in arms]
-            print_row(steps, len(seeds), *cells, change(arms[0], arms[-1]), p_value(arms[0], arms[-1]))
 
 
 def ablations(rows: list[dict]) -> None:
@@ -221,13 +204,11 @@ def gain_figure(rows: list[dict], picture: Path) -> None:
                 draw(duration, line, steps, label=f"{steps} steps, {name}", linestyle=kind, **style)
         line = [(x, DDIL, setting) for x, setting in enumerate(GUIDANCE.values())]
         draw(guidance, line, steps, label=f"{steps} steps", **style)
-    for steps in (8, 4, 2):
-        label = "control" if steps == 8 else None
-        draw(dose, [(0.75, HIGH_CONTROL, "chain")], steps, fmt="x", color="grey", label=label)
     by_steps.set(title="how much", xticks=range(4), xticklabels=[f"{k} steps" for k in COLOURS])
     dose.set(title="dose: share of the updates on D_DAgger", xticks=[0.375, 0.75, 0.9, 1])
     dose.set_xticklabels(["the paper's", ".75", ".9", "1"])
-    duration.set(title="duration: updates relative to the recipe's", xticks=[-1, 0, 1, 3], xticklabels=["1/2", "1", "2", "8"])
+    duration.set(title="duration: updates relative to the recipe's", xticks=[-1, 0, 1, 3])
+    duration.set_xticklabels(["1/2", "1", "2", "8"])
     guidance.set(title="guidance in training: w", xticks=range(4), xticklabels=GUIDANCE)
     for axis in axes.flat:
         axis.axhline(0, color="black", linewidth=0.8)
@@ -351,7 +332,6 @@ if __name__ == "__main__":
     by_dose(table)
     by_setting(table, "updates", UPDATES, {"the paper's shares": DDIL, "--p_forward .25": HIGH})
     by_setting(table, "w", GUIDANCE, {"the paper's shares": DDIL, "--p_forward .25": HIGH})
-    by_mover(table)
     ablations(table)
     lcm, dmd2 = read("lcm.csv"), read("dmd2.csv")
     ladder(lcm, "LCM")
