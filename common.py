@@ -113,7 +113,7 @@ def eps_from_v(schedule: NoiseSchedule, z_t: Tensor, v: Tensor, t: Tensor) -> Te
 
 
 def v_from_prediction(schedule: NoiseSchedule, z_t: Tensor, output: Tensor, t: Tensor, prediction_type: str) -> Tensor:
-    """v_hat from a network output that predicts "epsilon", "v_prediction" or "sample" (= x), as diffusers names them."""
+    """v_hat from a network output that predicts "epsilon", "v_prediction" or "sample" (= x), as diffusers has it."""
     alpha_t, sigma_t = schedule.at(t)
     if prediction_type == "v_prediction":
         return output
@@ -178,7 +178,7 @@ def ddim_step(schedule: NoiseSchedule, z_t: Tensor, v: Tensor, t: Tensor, s: Ten
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Rollouts
 #
-# model(z_t, t, cond) -> v_hat      z_t [B, C, h, w] fp32, t [B] int64, cond: a dict of tensors [B, ...] (prompt, w, ...)
+# model(z_t, t, cond) -> v_hat    z_t [B, C, h, w] fp32, t [B] int64, cond: a dict of tensors [B, ...] (prompt, w, ...)
 # ----------------------------------------------------------------------------------------------------------------------
 
 Model = Callable[[Tensor, Tensor, dict], Tensor]
@@ -200,7 +200,7 @@ def select(cond: dict, rows: Tensor) -> dict:
 def teacher_rollout(
     schedule: NoiseSchedule, teacher: Model, z: Tensor, timesteps: Sequence[int], cond: dict, support: Support = None
 ) -> list[Tensor]:
-    """DDIM through `timesteps` (from z at timesteps[0]); returns the state at each of them (Alg. 1 line 4, Alg. 2 line 4)."""
+    """DDIM through `timesteps`, from z at the first one; returns the state at each (Alg. 1 line 4, Alg. 2 line 4)."""
     states = [z]
     for t, s in pairwise(timesteps):
         t, s = (torch.full((len(z),), i, device=z.device) for i in (t, s))  # [B]
@@ -237,13 +237,13 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
     multiple: int = 1,
 ) -> tuple[list[Tensor], dict[int, Tensor], list[Tensor]]:
     """Alg. 2: at each interval t -> s of the student's grid, each sample moves with the student (probability
-    `student_rate`, the paper's beta; a tensor [B, intervals] gives each move its own, and 0 or 1 leave no choice) or with
+    `student_rate`, the paper's beta; a tensor [B, intervals] gives each move its own, 0 or 1 leave no choice) or with
     the teacher through its own grid points. Both grids end with CLEAN.
 
-    Returns (states, teacher_targets, moves): the state at every point of student_grid; for each interval in `query` what
-    pd_ddil.teacher_target gives for its visited state, whoever acts; masks [B], true where the student acted. Given
-    `query`, it stops after its last interval. Rows that move together are padded to a `multiple`, which leaves compiled
-    networks few shapes.
+    Returns (states, teacher_targets, moves): the state at every point of student_grid; for each interval in `query`
+    what pd_ddil.teacher_target gives for its visited state, whoever acts; masks [B], true where the student acted.
+    Given `query`, it stops after its last interval. Rows that move together are padded to a `multiple`, which leaves
+    compiled networks few shapes.
     """
     states, teacher_targets, moves = [z], {}, []
     rates = torch.as_tensor(student_rate, device=generator.device).expand(len(z), len(student_grid) - 1)
@@ -276,7 +276,7 @@ def mixed_rollout(  # DDIL: Alg. 2, both models within one trajectory
 def consistency_function(
     schedule: NoiseSchedule, model: Model, z_t: Tensor, t: Tensor, cond: dict, support: Support = None
 ) -> Tensor:
-    """f(z_t, t) = c_skip z_t + c_out x_hat, the estimate of the trajectory's clean end (LCM; LCMScheduler's scalings)."""
+    """f(z_t, t) = c_skip z_t + c_out x_hat, the trajectory's clean end as estimated (LCM; LCMScheduler's scalings)."""
     scaled_t = 10.0 * t.view(-1, 1, 1, 1)
     c_skip, c_out = 0.25 / (scaled_t**2 + 0.25), scaled_t / (scaled_t**2 + 0.25).sqrt()
     x_hat = reflect(x_from_v(schedule, z_t, model(z_t, t, cond), t), support)  # DDIL: reflected
@@ -287,7 +287,7 @@ def consistency_function(
 def consistency_rollout(
     schedule: NoiseSchedule, student: Model, z: Tensor, timesteps: Sequence[int], cond: dict, generator: torch.Generator
 ) -> list[Tensor]:
-    """Multistep consistency sampling, what LCMScheduler does (Alg. 1 line 5): estimate x, noise it again to the next timestep.
+    """Multistep consistency sampling, as LCMScheduler's (Alg. 1 line 5): estimate x, noise it to the next timestep.
 
     Returns the state at each of `timesteps` (from z at timesteps[0]); at CLEAN it is the estimate itself.
     """
@@ -307,7 +307,7 @@ def consistency_rollout(
 
 
 class SamplingPrior:  # DDIL: chooses among Alg. 1 lines 3-5, App. A
-    """Eq. 2's mixture [D25]: a categorical distribution over where z_t comes from [D3], in each part of training (App. A).
+    """Eq. 2's mixture [D25]: a categorical distribution over where z_t comes from [D3], for each part (App. A).
 
     SamplingPrior(generator, forward=(.75, .5), dagger=(.25, .5)). All ranks seed this generator identically and
     use it for shared draws alone, so all take the same source [D14]. ValueError if a part does not sum to 1.
@@ -456,7 +456,7 @@ def lora_layers(unet) -> list:
 
 
 def add_lora(unet, rank: int):
-    """The frozen UNet itself with a LoRA in fp32; its second factor starts at zero, so the output is the same at first."""
+    """The frozen UNet with a LoRA in fp32, whose second factor starts at zero: the output is the same at first."""
     from peft import LoraConfig
 
     try:
@@ -472,7 +472,7 @@ def add_lora(unet, rank: int):
 
 
 def without_lora(model: Model, unet) -> Model:
-    """The frozen model inside of a UNet that carries a LoRA; never called between a forward of the LoRA and its backward,
+    """The frozen model inside of a UNet with a LoRA; never called between a forward of the LoRA and its backward,
     which computes checkpointed blocks again with whatever is switched on by then."""
     layers = lora_layers(unet)
 
@@ -537,7 +537,7 @@ def open_pipeline(name: str, flag: str):
 
 
 def load_pipeline(name: str, flag: str = "--teacher", resolution: Sequence[int] | None = None):
-    """A Stable Diffusion 1.x / 2.x or SDXL-family pipeline that we can distil; SystemExit with the reason if it is none.
+    """A Stable Diffusion 1.x / 2.x or SDXL-family pipeline that we can distil; else SystemExit with the reason.
     `resolution`: height and width of its images, or one number for both, if not the UNet's own."""
     pipe = open_pipeline(name, flag)
     kind, config, unet = type(pipe).__name__, pipe.scheduler.config, pipe.unet.config if hasattr(pipe, "unet") else None
@@ -583,7 +583,7 @@ def load_schedule(pipe) -> NoiseSchedule:
 
 
 def dpm_solver(pipe, prediction_type: str, order: int):
-    """DPM-Solver++ on our linspace grid [D2] in stock diffusers: of first order it is DDIM, of second the paper's sampler."""
+    """DPM-Solver++ on our linspace grid [D2] in diffusers: of first order it is DDIM, of second the paper's sampler."""
     from diffusers import DPMSolverMultistepScheduler
 
     grid = {"timestep_spacing": "linspace", "final_sigmas_type": "zero", "steps_offset": 1}  # which linspace ignores
@@ -592,7 +592,7 @@ def dpm_solver(pipe, prediction_type: str, order: int):
 
 
 def lcm_scheduler(pipe, solver_steps: int):
-    """LCM's and DMD2's sampler in stock diffusers: it picks any number of steps from a trailing grid of `solver_steps`."""
+    """LCM's and DMD2's sampler in diffusers: it picks any number of steps from a trailing grid of `solver_steps`."""
     from diffusers import LCMScheduler
 
     grid = {"original_inference_steps": solver_steps, "clip_sample": False, "steps_offset": 1}
@@ -617,8 +617,8 @@ def images_at_once(shape: Sequence[int]) -> int:
 
 
 class PromptEncoder:
-    """Captions -> token ids [B, encoders, L] -> cond, fp32. Ids are small enough to be stored in D_DAgger (5.4). In half
-    precision the encoders are copies: the pipeline's own are what is saved with a student."""
+    """Captions -> token ids [B, encoders, L] -> cond, fp32. Ids are small enough for D_DAgger (5.4). In half precision
+    the encoders are copies: the pipeline's own are saved with a student."""
 
     def __init__(self, pipe, device, memo: int = 1024, dtype: torch.dtype = torch.float32):
         both = lambda part: [x for x in (getattr(pipe, part), getattr(pipe, f"{part}_2", None)) if x is not None]
@@ -630,8 +630,8 @@ class PromptEncoder:
         self.memo, self.memo_size = {}, memo  # embeddings of recent prompts: small data sets are encoded just once
 
     def tokenize(self, captions: Sequence[str], sizes: Tensor | None = None) -> Tensor:
-        """Token ids [B, encoders, L] on the CPU. SDXL's have one row more, which begins with the size conditioning: `sizes`
-        [B, 6] (original height and width, crop top and left, target height and width) or, as at inference, all of an image."""
+        """Token ids [B, encoders, L] on the CPU. SDXL's have one row more, which begins with the size conditioning:
+        `sizes` [B, 6] (original height, width; crop top, left; target height, width) or, as at inference, its own."""
         padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         ids = [t(list(captions), max_length=t.model_max_length, **padded).input_ids for t in self.tokenizers]
         ids = torch.stack(ids, dim=1)
@@ -704,7 +704,7 @@ def version_of(files: Iterable, *code: Callable) -> str:
 
 
 def row_of(sample: dict, caption: str | None) -> dict:
-    """A row from contents by kind, as in tars: the first image; the text, else the usual or a named field of the json."""
+    """A row from contents by kind, as in tars: the first image; the text, else a usual or named field of the json."""
     fields = {}
     with suppress(ValueError):
         fields = json.loads(sample.get("json", b"{}"))
@@ -840,8 +840,8 @@ def read_path(path: Path, what: str, streaming: bool, caption: str | None) -> tu
 
 @dataclass
 class Rows:
-    """What --data names: a Hugging Face data set with the columns image (file, bytes or path) and caption (text or list of
-    texts), to be trained on; held-out captions; and in words which files and columns were taken."""
+    """What --data names: a Hugging Face data set to train on, with the columns image (file, bytes or path) and caption
+    (text or list of texts); held-out captions; and in words which files and columns were taken."""
 
     train: object
     held_out: list[str]
@@ -851,8 +851,8 @@ class Rows:
 def open_rows(
     name: str, flag="--data", need_images=True, need_captions=True, streaming=False, image=None, caption=None
 ) -> Rows:
-    """--data: a folder, a file or a hub name. Held-out captions are the test / validation split's, else those of a tenth
-    of the rows (at most HELD_OUT), which are then not trained on. `image`, `caption`: the columns, if others than usual."""
+    """--data: a folder, a file or a hub name. Held-out captions are the test / validation split's, else those of a
+    tenth of the rows (at most HELD_OUT), which are not trained on. `image`, `caption`: columns, if not the usual."""
     import datasets
 
     path = Path(name)
@@ -916,7 +916,7 @@ def caption_of(value, draw: int) -> str | None:
 
 
 def open_image(value):
-    """An RGB PIL image from a file's bytes, {"bytes", "path"} or path: upright, 16 bits scaled, transparency on white."""
+    """An RGB PIL image of a file's bytes, {"bytes", "path"} or path: upright, 16 bits scaled, transparency on white."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -933,8 +933,8 @@ def open_image(value):
 
 
 def decode(row: dict, shape: Sequence[int], draw: int = 0) -> tuple[str | None, dict]:
-    """(reason a row is unusable, or None; sample): its caption and, given an image, the centre crop "pixels" [H, W, 3] uint8
-    and the image's own "height_width". Rows of cached latents pass through."""
+    """(reason a row is unusable, or None; sample): its caption and, given an image, the centre crop "pixels" [H, W, 3]
+    uint8 and the image's own "height_width". Rows of cached latents pass through."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -957,8 +957,8 @@ def decode(row: dict, shape: Sequence[int], draw: int = 0) -> tuple[str | None, 
 
 
 def report_on_data(args, pipe, rows: Rows) -> str:
-    """What --check_data prints: what was read, counts of usable samples and of reasons against the others, sizes. The first
-    eight usable images and their captions are drawn to OUTPUT_DIR-data.png."""
+    """What --check_data prints: what was read, counts of usable samples and of reasons against the others, sizes. The
+    first eight usable images and their captions are drawn to OUTPUT_DIR-data.png."""
     from PIL import Image
     from tqdm import tqdm
 
@@ -1074,9 +1074,9 @@ class StreamedRows:
 
 
 class LatentData:
-    """Endless seeded stream of (x, ids): latents [B, C, h, w] fp32 and token ids, each usable sample of an epoch once, none
-    on two ranks. Images are decoded ahead, beside the device. With cache=True, VAE moments and ids are computed once, and
-    kept on disk for all runs with the same data, VAE and tokenizers."""
+    """Endless seeded stream of (x, ids): latents [B, C, h, w] fp32 and token ids, each usable sample of an epoch once,
+    none on two ranks. Images are decoded ahead, beside the device. With cache=True, VAE moments and ids are computed
+    once, and kept on disk for all runs with the same data, VAE and tokenizers."""
 
     MAX_UNUSABLE = 0.05  # share of unusable samples that stops a run
 
@@ -1252,7 +1252,7 @@ def make_support(threshold: str, data: LatentData) -> Support:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. The run: one engine for the three scripts. A script is written as if it were never interrupted: resume is in the loop
+# 7. The run: one engine for the three scripts, which are written as if never interrupted: resume is in the loop
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1281,8 +1281,8 @@ threshold = number(
 
 
 def parser_of(doc: str, usage: str) -> argparse.ArgumentParser:
-    """A script's parser. From now on what its terminal, pipe or log has no letters for is printed as \\N codes, and bars, the
-    libraries' too, show only what takes two seconds or more."""
+    """A script's parser. From now on what a terminal, pipe or log has no letters for is printed as \\N codes, and bars,
+    the libraries' too, show only what takes two seconds or more."""
     from tqdm import tqdm
 
     tqdm.__init__ = partialmethod(vars(tqdm)["__init__"], delay=2)
@@ -1343,8 +1343,8 @@ MAY_CHANGE = ["teacher", "student_init", "fake_init", "output_dir", "compile", "
 
 
 def resolve(args, recipes: dict):
-    """Fill every flag that was not given: from the saved run with --resume, otherwise from the recipe. What is given with
-    --resume must agree with the saved run, except MAY_CHANGE. SystemExit if that cannot work."""
+    """Fill every flag that was not given: from the saved run with --resume, otherwise from the recipe. What is given
+    with --resume must agree with the saved run, except MAY_CHANGE. SystemExit if that cannot work."""
     given = {name: value for name, value in vars(args).items() if value is not None and name not in NOT_SETTINGS}
     defaults = recipes[args.recipe or "tiny"] | {"recipe": args.recipe or "tiny"}
     if args.resume and args.overwrite:
@@ -1386,8 +1386,8 @@ def refuse_changes(now: dict, saved: dict) -> None:
 
 
 def resolve_priors(args) -> dict[str, list[float]]:
-    """--p_forward, --p_teacher, --p_student in each part of the run: one value holds for all parts; sources whose flag is
-    not given share equally what the others leave. SystemExit if a part does not sum to 1."""
+    """--p_forward, --p_teacher, --p_student in each part of the run: one value holds for all parts; sources whose flag
+    is not given share equally what the others leave. SystemExit if a part does not sum to 1."""
     given = {source: getattr(args, f"p_{source}") for source in ("forward", "teacher", "student")}
     parts = max(len(values or ()) for values in given.values())
     if any(values and len(values) not in (1, parts) for values in given.values()):
@@ -1413,7 +1413,7 @@ def learning_rate(update: int, updates: int, warmup: int, peak: float, decay: bo
 
 
 def derive_seed(*names) -> int:
-    """A seed for each thing that is random, from the run's and its name: 32 bits, all that torch's CPU generator reads."""
+    """A seed for each thing that is random, from the run's and its name: 32 bits, all that torch reads on a CPU."""
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "big")
 
 
@@ -1488,7 +1488,7 @@ def frozen_dtype(accelerator) -> torch.dtype:
 
 
 def across_ranks(accelerator, n: int, batch_size: int, function: Callable[[Tensor], Tensor], desc: str | None = None):
-    """Yields function(rows) [B, ...] for the rows 0 .. n - 1 in order, the same on every rank; the ranks share the work."""
+    """Yields function(rows) [B, ...] for rows 0 .. n - 1 in order, the same on every rank; the ranks share the work."""
     from tqdm import tqdm
 
     rank, n_ranks = accelerator.process_index, accelerator.num_processes
@@ -1553,7 +1553,7 @@ def save_pipeline(folder: Path, pipe, unet, scheduler, card: str = "") -> None:
 
 
 def model_card(args, script: str, steps: int, w: str, measured: dict) -> str:
-    """README.md of a saved pipeline: what it is, how to sample it, whose licence it has, and the settings that made it."""
+    """README.md of a saved pipeline: what it is, how to sample it, whose licence it has, which settings made it."""
     own = Path(args.teacher) / "README.md"
     text = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""
     licence = re.findall(r"^license: *(\S+)", text, re.MULTILINE)[:1]
@@ -1567,8 +1567,8 @@ def model_card(args, script: str, steps: int, w: str, measured: dict) -> str:
     return f"""---
 {head}
 ---
-`{args.teacher}`, distilled on `{args.data}` by `{script}` of [DDIL](https://arxiv.org/abs/2410.11971), diffusion distillation with
-imitation learning. It samples in {steps} steps, `guidance_scale` {w}:
+`{args.teacher}`, distilled on `{args.data}` by `{script}` of [DDIL](https://arxiv.org/abs/2410.11971), diffusion
+distillation with imitation learning. It samples in {steps} steps, `guidance_scale` {w}:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -1577,7 +1577,8 @@ pipe = DiffusionPipeline.from_pretrained("THIS FOLDER")
 image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={w.split()[0]}).images[0]
 ```
 
-The teacher's licence{"".join(f", {name}," for name in licence)} holds for what is distilled from it, and the data may have terms of their own.
+The teacher's licence{"".join(f", {name}," for name in licence)} holds for what is distilled
+from it, and the data may have terms of their own.
 
 | setting | |
 |---|---|
@@ -1702,14 +1703,14 @@ class StopRequest:
 
 # --- the engine ---
 
-# Gather sharded state on rank 0's CPU (all ranks must call); keys are parameter names. Frozen parameters, a LoRA's base,
-# are left out, and not asked for when it is loaded.
+# Gather sharded state on rank 0's CPU (all ranks must call); keys are parameter names. Frozen parameters (a LoRA's
+# base) are left out, and not asked for when it is loaded.
 FULL_STATE = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 @dataclass
 class TrainableNetwork:
-    """A network under the engine with its optimiser; `unwrapped` has the same weights without the wrapper, for rollouts."""
+    """A network under the engine with its optimiser; `unwrapped`: the same weights without wrapper, for rollouts."""
 
     network: torch.nn.Module
     unwrapped: torch.nn.Module
@@ -1730,7 +1731,7 @@ def full_tensor(value: Tensor) -> Tensor:
 
 
 class Run:
-    """A training run: the teacher, processes, data, random streams, metrics, folder; and its place, from which it resumes.
+    """A training run: the teacher, processes, data, random streams, metrics, folder; and its place, where it resumes.
 
     Run(args) has the processes, the teacher's pipeline and its schedule; open() all else.
     """
@@ -1758,8 +1759,8 @@ class Run:
         self.print = self.accelerator.print
 
     def open(self, script: str, labels, columns, phases: dict[str, int], plan: dict, networks=None, need_images=True):
-        """Data, support [D15], random streams, metrics and folder. `phases`: what each does -> its updates. Ends here for
-        --check_data and --dry_run, which also prints `plan`. `networks`: what a resumed run must find unchanged."""
+        """Data, support [D15], random streams, metrics and folder. `phases`: what each does -> its updates. Ends here
+        for --check_data and --dry_run, which also prints `plan`. `networks`: what a resumed run must find unchanged."""
         from accelerate.utils import set_seed
 
         args, device, networks = self.args, self.device, networks or {"teacher": self.pipe.unet}
@@ -1903,12 +1904,12 @@ class Run:
         return self.trained[name]
 
     def register_for_checkpointing(self, name: str, thing):
-        """Into checkpoints, anything with state_dict / load_state_dict: D_DAgger (each rank its own), a moving average."""
+        """Into checkpoints, anything with state_dict / load_state_dict: each rank's D_DAgger, a moving average."""
         self.checkpointed[name] = thing
         return thing
 
     def model(self, network, predicts: str | None = None) -> UNetModel:
-        """network as model(z_t, t, cond) -> v_hat; its forwards are counted. It predicts what the teacher does, or `predicts`."""
+        """network as model(z_t, t, cond) -> v_hat, its forwards counted; it predicts as the teacher, or `predicts`."""
         model = UNetModel(network, self.schedule, predicts or self.predicts, self.accelerator.autocast)
         self.models.add(model)
         return model
@@ -1928,8 +1929,8 @@ class Run:
         return noted
 
     def save_student(self, folder: Path, unet, scheduler, steps: int, w: str, measured: dict | None = None) -> None:
-        """A pipeline of stock diffusers that samples in so many steps at guidance scale w (a number, or "LO to HI"), and
-        its model card, with what was measured of it."""
+        """A pipeline of stock diffusers that samples in so many steps at guidance scale w (a number, or "LO to HI"),
+        and its model card, with what was measured of it."""
         save_pipeline(folder, self.pipe, unet, scheduler, model_card(self.args, self.script, steps, w, measured or {}))
 
     def check_lora(self, flag: str, pipe) -> None:
@@ -1941,8 +1942,8 @@ class Run:
             raise SystemExit(f"--lora_rank {rank}: {name} takes w, for which a LoRA has no input")
 
     def save_lora(self, unet, base: str):
-        """The LoRA of a UNet in lora/, under the names, and with the alphas, that diffusers, ComfyUI and A1111 read; returns
-        the UNet of the pipeline `base`, in full precision, with it fused."""
+        """The LoRA of a UNet in lora/, under the names, and with the alphas, that diffusers, ComfyUI and A1111 read;
+        returns the UNet of the pipeline `base`, in full precision, with it fused."""
         from diffusers.utils import convert_state_dict_to_kohya
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
@@ -2009,8 +2010,8 @@ class Run:
     # phases
 
     def unfinished(self, phases: Sequence):
-        """(place, phase) of those still to do. A phase is finished when finish() has written its results and a checkpoint
-        says so."""
+        """(place, phase) of those still to do. A phase is finished when finish() has written its results and a
+        checkpoint says so."""
         if self.pending_checkpoint:
             self.progress = json.loads((self.pending_checkpoint / "progress.json").read_bytes())
             if self.progress["loop"] is None:  # made by finish(): between two phases
@@ -2032,7 +2033,7 @@ class Run:
     # the loop
 
     def updates(self, loop: str, n: int, peak: float, sample: Callable[[], None], decay: bool = True):
-        """Yields the updates of this loop that are still to do, each with its learning rate set; after it log, checkpoint
+        """Yields the updates of this loop that are still to do, each with its learning rate set; then log, checkpoint
         and sample() where they are due and, if the run is asked to stop, the end. A loop done before yields nothing."""
         from tqdm import tqdm
 
@@ -2095,7 +2096,7 @@ class Run:
             self.last_preview = self.progress["total"]
 
     def minibatches(self, trained: TrainableNetwork | None):
-        """The mini-batches of an update on each process; ranks exchange gradients at the last. None: nothing is trained."""
+        """The mini-batches of an update on each process; ranks exchange gradients at the last. None: no training."""
         for _ in range(self.accumulation):
             with self.accelerator.accumulate(trained.network) if trained else nullcontext():
                 yield
@@ -2103,8 +2104,8 @@ class Run:
     def backward(
         self, losses: Tensor, t: Tensor | None = None, source: str | None = None, cost: float = 2, of: str = "student"
     ) -> None:
-        """Backpropagate losses [B]; given t and source, record them. cost: UNet forwards of a sample that the backward pass
-        counts as."""
+        """Backpropagate losses [B]; given t and source, record them. A sample's backward pass counts as `cost` forwards
+        of a UNet."""
         loss = losses.mean()
         self.queue_finite_check(f"{of}'s loss" + f" on {source} states" * bool(source), loss)
         self.accelerator.backward(loss)
@@ -2120,8 +2121,8 @@ class Run:
         self.pending_checks.append((f"update {self.progress['total'] + 1}: the {name}", value.detach()))
 
     def check_finite(self) -> None:
-        """The only device sync of an update: SystemExit on all ranks if a value since the last call was not finite. It also
-        learns whether a rank was asked to stop."""
+        """The only device sync of an update: SystemExit on all ranks if a value since the last call was not finite. It
+        also learns whether a rank was asked to stop."""
         asked = torch.full((), float(self.stop.asked), device=self.device)
         names, values = zip(*self.pending_checks, ("", asked))
         self.pending_checks = []
@@ -2132,8 +2133,8 @@ class Run:
                 raise SystemExit(f"{name} is {value}; stopped, last checkpoint: {last}; try a lower --learning_rate")
 
     def step(self, trained: TrainableNetwork, max_norm: float, column: str = "grad_norm") -> None:
-        """Clip gradients, step AdamW, zero gradients. The first network's step first checks all values since its last one
-        (the critic's too, before any checkpoint takes its weights)."""
+        """Clip gradients, step AdamW, zero gradients. The first network's step first checks all values since its last
+        one (the critic's too, before any checkpoint takes its weights)."""
         if self.accelerator.is_fsdp2:  # accelerate's own would compare the parameters of two networks by value
             self.accelerator.unscale_gradients()
             norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained.parameters, max_norm))
@@ -2148,7 +2149,7 @@ class Run:
         trained.optimizer.zero_grad()
 
     def log(self, title: str, n: int, rate: float, seconds: float) -> None:
-        """A row of metrics.csv and a line; at a loop's first and last one a warning where `reflect` distorts or is idle."""
+        """A row of metrics.csv and a line; a loop's first and last one warn where `reflect` distorts or is idle."""
         from tqdm import tqdm
 
         update, total = self.progress["update"], self.progress["total"]
@@ -2171,8 +2172,8 @@ class Run:
     # checkpoints
 
     def save_checkpoint(self) -> None:
-        """checkpoints/<update>: progress, networks and optimisers (whole, so the same under every engine) and every rank's
-        own state. Written under another name and renamed: a kill leaves the old ones or the new one too; the last two stay."""
+        """checkpoints/<update>: progress, networks and optimisers (whole, so the same under every engine) and every
+        rank's own state. Written, then renamed: a kill leaves the old ones or the new one too; the last two stay."""
         folder, total = self.out / "checkpoints", self.progress["total"]
         temporary, final, is_main = folder / "saving", folder / f"{total:08d}", self.accelerator.is_main_process
         self.progress["rows"] = self.metrics.rows
@@ -2259,8 +2260,8 @@ class Run:
         pipeline, pictures = self.out / "pipeline", self.out / "samples"
         picture = max(pictures.glob("*.png"), default=pictures)
         prompt = re.sub(r"[^\w ,.-]", "", self.held_out[0])  # as it goes through any shell
-        sample = f"P.from_pretrained('{pipeline.as_posix()}')('{prompt}', num_inference_steps={steps}, guidance_scale={example})"
-        code = f"from diffusers import DiffusionPipeline as P; {sample}.images[0].save('sample.png')"
+        sample = f"'{prompt}', num_inference_steps={steps}, guidance_scale={example}"
+        load = f"from diffusers import DiffusionPipeline as P; P.from_pretrained('{pipeline.as_posix()}')"
         self.print(f"done: {pipeline} samples in {steps} steps, guidance_scale {w}")
-        self.print(f'look at {picture}\nor try: python -c "{code}"')
+        self.print(f"look at {picture}\nor try: python -c \"{load}({sample}).images[0].save('sample.png')\"")
         self.accelerator.end_training()

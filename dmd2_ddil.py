@@ -3,9 +3,9 @@
 DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v1, Algorithm 1, sec. 4.2, 5.
 DMD2: Improved Distribution Matching Distillation for Fast Image Synthesis, arXiv:2405.14867.
 
-    laptop, minutes     accelerate launch dmd2_ddil.py
-    one GPU             accelerate launch --mixed_precision bf16 dmd2_ddil.py --recipe ssd1b --teacher PIPELINE --data IMAGES
-    seven GPUs          accelerate launch --multi_gpu --num_processes 7 --mixed_precision bf16 dmd2_ddil.py --recipe ssd1b ...
+    laptop          accelerate launch dmd2_ddil.py
+    one GPU         accelerate launch --mixed_precision bf16 dmd2_ddil.py --recipe ssd1b --teacher SSD-1B --data IMAGES
+    seven GPUs      accelerate launch --multi_gpu --num_processes 7 --mixed_precision bf16 dmd2_ddil.py --recipe ssd1b
 
 paper                                            code
   Alg. 1    line 1, data, T_s                      data_batch, sample_rollout_length
@@ -193,7 +193,7 @@ def cond_of(run: Run, ids: Tensor) -> dict:
 def student_states(
     run: Run, student: Model, teacher: Model, grids: tuple, source: str, actors: list[str], x: Tensor | None, cond: dict
 ) -> tuple[Tensor, Tensor]:
-    """(z_t, t) to train the student on, after the transitions that `actors` make (Alg. 1 lines 3-5); at 999 z is pure noise
+    """(z_t, t) to train the student on, after the moves that `actors` make (Alg. 1 lines 3-5); at 999 z is pure noise
     for every source. grids: the student's and the teacher's timesteps."""
     timesteps, teacher_grid = grids
     n = len(cond["w"])
@@ -216,7 +216,7 @@ def student_states(
 
 
 class GANHead(torch.nn.Sequential):
-    """Mid-block features [B, C, h, w] -> logits [B, 1, 1, 1]: strided convolutions down to 4 x 4 or less, then one over all."""
+    """Mid-block features [B, C, h, w] -> logits [B, 1, 1, 1]: strided convolutions to 4 x 4 or less, then over all."""
 
     def __init__(self, channels: int, height: int, width: int):
         groups = math.gcd(32, channels)
@@ -382,7 +382,7 @@ class Networks(NamedTuple):
 
 
 def networks_of(run: Run, pipes: dict) -> Networks:
-    """Teacher, student and critic, the latter two under the engine. With --lora_rank, student and critic are LoRAs on frozen
+    """Teacher; student and critic under the engine. With --lora_rank, student and critic are LoRAs on frozen
     UNets, and the critic's with its LoRA switched off is the teacher, if it is the teacher's."""
     predicts = {name: pipe.scheduler.config.prediction_type for name, pipe in pipes.items()}
     rank, shared = run.args.lora_rank, pipes["fake"] is pipes["teacher"]

@@ -21,8 +21,8 @@ paper                                             code
   Table 8   inverted prompts                        read_prompts, similarity
   (not in the paper) the shift itself               shift_gap
 
-A MODEL is a run folder, one of its stages, a pipeline folder or a hub name, and LABEL=MODEL names its row: models of one
-label are averaged, and a label of the paper's tables brings the paper's numbers along.
+A MODEL is a run folder, one of its stages, a pipeline folder or a hub name, and LABEL=MODEL names its row: models of
+one label are averaged, and a label of the paper's tables brings the paper's numbers along.
 """
 
 import argparse
@@ -295,8 +295,8 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(name: str) -> list[Prompt]:
-    """--prompts: COCO's annotations (the first caption of each image, by id), a json list or {id: prompt} (entries may be
-    {"prompt": ..., "image": ...}), a text file with one a line, or a data set. SystemExit naming what is wrong."""
+    """--prompts: COCO's annotations (the first caption of each image, by id), a json list or {id: prompt} (entries may
+    be {"prompt": ..., "image": ...}), a text file with one a line, or a data set. SystemExit naming what is wrong."""
     path = Path(name)
     with exit_on_error(f"--prompts {name}: is no .txt or .json file of prompts, nor a data set"):
         if path.suffix == ".json":
@@ -398,7 +398,7 @@ def digest(value) -> str:
 
 
 def fingerprint_pipeline(pipe) -> str:
-    """A digest of all networks, all settings and what tokenizers do: another model of the same name is not taken for it."""
+    """A digest of all networks and settings and what tokenizers do: no other model of the same name is taken for it."""
     parts = {name: part for name, part in pipe.components.items() if part is not None}
     networks = [fingerprint(part) for part in parts.values() if isinstance(part, torch.nn.Module)]
     configs = [vars(part.config) for part in (pipe, *parts.values()) if hasattr(part, "config")]
@@ -408,8 +408,8 @@ def fingerprint_pipeline(pipe) -> str:
 
 
 def generate(ev, name: str, settings: dict, sample: Sampler, prompts: list[str], first_index: int = 0) -> Images:
-    """images/NAME/: one PNG for each prompt, from noise first_index + its place; the ranks share the work. What is there
-    already is kept, so that a killed evaluation goes on. SystemExit if it was made by other settings, or at a NaN."""
+    """images/NAME/: one PNG for each prompt, from noise first_index + its place; the ranks share the work. What is
+    there already is kept, so that a killed evaluation goes on. SystemExit if other settings made it, or at a NaN."""
     folder, accelerator = ev.out / "images" / name, ev.accelerator
     files = [folder / f"{i:06d}.png" for i in range(len(prompts))]
     settings = settings | {"prompts": digest(prompts), "num_images": len(prompts)}
@@ -561,7 +561,7 @@ def load_clip(args, device, flag: str = "clip_weights", architecture: str = "ViT
 
 
 def resize_and_pad(image: Image.Image, visual) -> Tensor:
-    """HPSv2's preprocessing: the long side to 224 (bicubic, on the tensor), black bars to a square, CLIP's mean, std."""
+    """HPSv2's preprocessing: the long side to 224 (bicubic, on tensors), black bars to a square, CLIP's mean, std."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as F
 
@@ -617,7 +617,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def coverage_of(real: Tensor, fake: Tensor, k: int = 5) -> float:
-    """Share of the real points [n, D] with a generated one [m, D] nearer than their k-th real neighbour (Naeem 2020)."""
+    """Share of real points [n, D] with a generated one [m, D] nearer than their k-th real neighbour (Naeem 2020)."""
     real, fake = real.double(), fake.double()
     parts = real.split(1000)
     radii = torch.cat([torch.cdist(part, real).kthvalue(k + 1, dim=1).values for part in parts])  # the 1st is itself
@@ -794,7 +794,7 @@ def ddim_model(pipe, schedule, encoder: PromptEncoder, accelerator):
 
 
 def refuse_retrained(candidate: Candidate, teacher: str, pipe) -> None:
-    """SystemExit if the teacher that the run names has other weights by now than those that the run was distilled from."""
+    """SystemExit if the teacher that the run names has other weights by now than those that it was distilled from."""
     config = candidate.config
     if teacher == config.get("teacher") and config.get("teacher_weights") not in (None, fingerprint(pipe.unet)):
         why = f"its teacher {teacher} was trained anew since; distil it anew, or do without paired and give --teacher"
@@ -802,8 +802,8 @@ def refuse_retrained(candidate: Candidate, teacher: str, pipe) -> None:
 
 
 def paired(ev: Evaluation, candidate: Candidate, pipe, teacher, seed: int) -> dict:
-    """Paired trajectory error of PD: latent RMS distance between DDIM end points of the student and of the guided model it
-    was distilled from, for the same noise, prompt and w."""
+    """Paired trajectory error of PD: latent RMS distance between DDIM end points of the student and of the guided model
+    it was distilled from, for the same noise, prompt and w."""
     device, prompts = ev.accelerator.device, subsample_evenly(ev.prompts, min(PAIRED_PROMPTS, len(ev.prompts)))
     schedule, encoder = load_schedule(teacher).to(device), PromptEncoder(teacher, device)
 
@@ -1261,8 +1261,9 @@ def report(ev: Evaluation, results: list[dict], rows: list[dict], gaps: list[dic
     everything = {"settings": settings, "versions": versions, "results": records, "shift": rows, "gap": gaps}
     write_json(ev.out / "results.json", everything)
     sizes = ", ".join({f"{record['metric']} {record['n']}": None for record in records})
-    head = f"Protocol {args.protocol}; prompts {args.prompts}, reference {args.reference}, seeds {args.seed}. Sample sizes: "
-    tables = [f"{head}{sizes}. ± is the standard error, over runs where there are several.", main_table(ev, results)]
+    head = f"Protocol {args.protocol}; prompts {args.prompts}, reference {args.reference}, seeds {args.seed}."
+    sizes = f"Sample sizes: {sizes}. ± is the standard error, over runs where there are several."
+    tables = [f"{head} {sizes}", main_table(ev, results)]
     if rows or gaps:
         tables.append(shift_tables(ev, rows, gaps))
         plot_shift(ev, rows, gaps, ev.out / "shift.png")

@@ -1,12 +1,12 @@
-"""Latent consistency distillation with imitation learning: sample a guided diffusion model in 1 to 8 steps; and LCM-LoRA.
+"""Latent consistency distillation with imitation learning: a guided diffusion model in 1 to 8 steps; and LCM-LoRA.
 
 DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v1, Algorithm 1, sec. 4.2, 5.
 LCM: Latent Consistency Models, arXiv:2310.04378.
 
-    laptop, minutes     accelerate launch lcm_ddil.py
-    one GPU             accelerate launch --mixed_precision bf16 lcm_ddil.py --recipe sd15 --teacher PIPELINE --data IMAGES
-    eight GPUs          accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 lcm_ddil.py --recipe sd15
-                        --batch_size 45 ...
+    laptop          accelerate launch lcm_ddil.py
+    one GPU         accelerate launch --mixed_precision bf16 lcm_ddil.py --recipe sd15 --teacher PIPELINE --data IMAGES
+    eight GPUs      accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 lcm_ddil.py --recipe sd15
+                    --batch_size 45 ...
 
 paper                                            code
   Alg. 1    line 1, data, T_s                      forward_batch, sample_rollout_timesteps
@@ -92,7 +92,7 @@ def consistency_step(
     loss: str,
     huber_c: float,
 ) -> Tensor:
-    """LCM's loss: the student's estimate at z_t is to equal the target's where one teacher step leads, z_s (Alg. 1 line 6)."""
+    """LCM's loss: the student's estimate at z_t is to equal the target's at z_s, a teacher step on (Alg. 1 line 6)."""
     with torch.no_grad():
         z_s = ddim_step(schedule, z_t, teacher(z_t, t, cond), t, s, support)
         x_target = consistency_function(schedule, target, z_s, s.clamp(min=0), cond, support)
@@ -135,8 +135,8 @@ def sample_rollout_timesteps(run: Run, grid: list[int]) -> list[int]:
 def rollout_batch(
     run: Run, source: str, grid: list[int], student: Model, teacher: Model
 ) -> tuple[Tensor, Tensor, dict]:
-    """(z_t, t, cond) of a model's own sampling, stopped on its way: the teacher's DDIM on the solver grid (Alg. 1 line 4),
-    or the student's few steps (line 5)."""
+    """(z_t, t, cond) of a model's own sampling, stopped on its way: the teacher's DDIM on the solver grid (Alg. 1 line
+    4) or the student's few steps (line 5)."""
     timesteps, cond = sample_rollout_timesteps(run, grid), draw_cond(run, run.data.next_ids())
     z = run.start_noise(len(cond["w"]))
     if source == "teacher":
@@ -218,7 +218,7 @@ def check_run(run: Run) -> None:
 
 
 def networks_of(run: Run) -> tuple[TrainableNetwork, torch.nn.Module | None, Model]:
-    """(student under the engine, the target's network or None where it is the student itself, teacher under guidance)."""
+    """(student under the engine, the target's network, None where it is the student itself, teacher under guidance)."""
     args, unet, has_w = run.args, run.pipe.unet, run.pipe.unet.config.time_cond_proj_dim is not None
     if args.lora_rank:  # one network, held once: with the LoRA it is the student and its target, without it the teacher
         frozen, student = run.model(run.prepare_frozen(unet)), add_lora(unet, args.lora_rank)

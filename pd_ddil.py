@@ -2,9 +2,9 @@
 
 DDIL: Improved Diffusion Distillation with Imitation Learning, arXiv:2410.11971v1, Algorithms 1-3, sec. 5, App. A.
 
-    laptop, minutes     accelerate launch pd_ddil.py --teacher_steps 32
-    one GPU             accelerate launch --mixed_precision bf16 pd_ddil.py --recipe sd15 --teacher PIPELINE --data IMAGES
-    eight GPUs          accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pd_ddil.py --recipe sd15 ...
+    laptop          accelerate launch pd_ddil.py --teacher_steps 32
+    one GPU         accelerate launch --mixed_precision bf16 pd_ddil.py --recipe sd15 --teacher PIPELINE --data IMAGES
+    eight GPUs      accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pd_ddil.py --recipe sd15 ...
 
 paper                                            code
   sec. 5    eps -> v conversion                    v_step
@@ -44,8 +44,7 @@ from common import Run, across_ranks, derive_seed, flag_parser, noise_of, non_ne
 from common import refuse_changes, replace_folder, resolve, share
 # isort: on
 
-# Any flag overrides its recipe. `updates` of a phase: one number for each of its parts; halvings are named by the steps of
-# their student.
+# Any flag overrides its recipe. `updates` of a phase: one number for each part; halvings: by their student's steps.
 PAPER = {"teacher_steps": 32, "student_steps": 4,  # sec. 5
          "p_forward": (0.75, 0.5), "student_rate": (0.15, 0.8)}  # App. A, [D9]  # fmt: skip
 READINGS = {"reflect": "measured", "store_start": False, "reuse": 2, "buffer_size": 1024}  # [D15], [D16], [D17], [D21]
@@ -100,8 +99,8 @@ def guidance_step(
 def teacher_target(
     schedule: NoiseSchedule, teacher: Model, z_t: Tensor, t: Tensor, m: Tensor, s: Tensor, cond: dict, support: Support
 ) -> Tensor:
-    """z_s where the teacher's two reflected DDIM steps t -> m -> s lead from z_t (Alg. 3 line 8): teacher_rollout's steps,
-    but t differs from sample to sample."""
+    """z_s where the teacher's two reflected DDIM steps t -> m -> s lead from z_t (Alg. 3 line 8): teacher_rollout's
+    steps, but t differs from sample to sample."""
     z_m = ddim_step(schedule, z_t, teacher(z_t, t, cond), t, m, support)
     return ddim_step(schedule, z_m, teacher(z_m, m, cond), m, s, support)
 
@@ -109,8 +108,8 @@ def teacher_target(
 def pd_step(
     schedule: NoiseSchedule, student: Model, z_t: Tensor, z_s: Tensor, t: Tensor, s: Tensor, cond: dict
 ) -> Tensor:
-    """Eq. 3 (Alg. 3 lines 6, 9, 10): the student's one step t -> s is to land where the teacher's two did, on z_s; at the
-    clean end that is the x which the student is to estimate [D6].
+    """Eq. 3 (Alg. 3 lines 6, 9, 10): the student's one step t -> s is to land where the teacher's two did, on z_s; at
+    the clean end that is the x which the student is to estimate [D6].
 
     Line 9 prints x* = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t). As x = alpha_t z_t -
     sigma_t v, this is v* = (c z_t - z_s) / d, without a division by sigma_t; c, d as in ddim_step [D18].
@@ -130,7 +129,7 @@ def data_batch(run: Run) -> tuple[Tensor, dict]:
 
 
 def forward_batch(run: Run, teacher: Model, grid: Tensor, intervals: range) -> Transitions:
-    """By forward diffusion of data (Alg. 3 lines 5, 7, 8); `grid` is the teacher's, every second point the student's."""
+    """By forward diffusion of data (Alg. 3 lines 5, 7, 8); `grid`: the teacher's, every second point the student's."""
     x, cond = data_batch(run)
     j = torch.randint(intervals.start, intervals.stop, (len(x),), generator=run.rng, device=x.device)
     t, m, s = grid[2 * j], grid[2 * j + 1], grid[2 * j + 2]  # t on the student's grid [D5]; Alg. 3 line 7
@@ -140,8 +139,8 @@ def forward_batch(run: Run, teacher: Model, grid: Tensor, intervals: range) -> T
 
 # DDIL: this class and the next three functions
 class DAggerBuffer(TrajectoryBuffer):
-    """D_DAgger, plus how many uses are left before new states are collected [D17]. The host draws indices, as captions are
-    on it: no wait for the device."""
+    """D_DAgger, plus how many uses are left before new states are collected [D17]. The host, which holds the captions,
+    draws indices: no wait for the device."""
 
     def __init__(self, capacity: int, device, seed: int = 0):
         super().__init__(capacity)
@@ -162,7 +161,7 @@ class DAggerBuffer(TrajectoryBuffer):
 
 
 def stored_intervals(args, steps: int) -> range:
-    """Intervals of the student's grid whose states D_DAgger holds: not the pure noise at 999 that all start from [D16]."""
+    """Intervals of the student's grid whose states D_DAgger holds: not the pure noise at 999, where all start [D16]."""
     return range(0 if args.store_start else 1, steps)
 
 
@@ -281,7 +280,7 @@ class PairedEvaluation:
     @cached_property
     def reference(self) -> dict[str, Tensor]:
         """What stages/gc gives: end points at "32" steps, reflected, and, undistilled, at the students' "16", ...; rows
-        "grid_32", ... of the pictures. A resumed run makes them anew, as captions may have changed; six updates' worth in sd15."""
+        "grid_32", ... of the pictures. A resumed run makes them anew, in six updates' time, as captions may change."""
         run, args = self.run, self.run.args
         unet = load_pipeline(str(self.gc), resolution=args.resolution).unet
         gc = run.model(unet.to(run.device), "v_prediction")
@@ -291,9 +290,9 @@ class PairedEvaluation:
         return ends | {f"grid_{n}": self.preview_row(gc, n) for n in supports}
 
     def report(self, student: Model, teacher: Model, steps: int) -> dict[str, str]:
-        """Latent RMS distances for the same noise, prompt and w, as a row of metrics.csv and a line: to the end points of
-        stages/gc at teacher_steps (the student's, and stages/gc's own, undistilled), and to those of this stage's own
-        teacher; both as they teach."""
+        """Latent RMS distances for the same noise, prompt and w, as a row of metrics.csv and a line: to the end points
+        of stages/gc at teacher_steps (the student's, and stages/gc's own, undistilled), and to those of this stage's
+        own teacher; both as they teach."""
         distance = lambda a, b: f"{(a - b).pow(2).mean().sqrt().item():.5f}"
         ends, goal = self.end_points(student, steps), self.reference[str(self.run.args.teacher_steps)]
         errors = {

@@ -31,6 +31,12 @@ DOSES = {  # share of the updates on D_DAgger -> arm; student_rate .475 througho
     1: f"{DDIL}, p_forward 0, --store_start",
 }
 HIGH = DOSES[0.75]
+HIGH_CONTROL = "PD + control, p_forward .25"
+RATES = {  # student_rate -> arms at the paper's shares and at p_forward .25
+    "0 (the teacher alone)": (f"{DDIL}, --student_rate 0", f"{HIGH}, student_rate 0"),
+    "both": (DDIL, HIGH),
+    "1 (the student alone)": (f"{DDIL}, --student_rate 1", f"{HIGH}, student_rate 1"),
+}
 UPDATES = {  # relative to the recipe's -> setting
     0.5: "chain, half the updates",
     1: "chain",
@@ -115,12 +121,28 @@ def by_dose(rows: list[dict]) -> None:
     errors = [f"error, {steps} steps" for steps in COLOURS]
     print_header("D_DAgger", "seeds", *errors, *(f"{score}, {steps} steps" for score, steps in scores))
     paper = {"0 (PD)": "PD", ".25, then .5 (the paper's)": DDIL}
-    for share, arm in (paper | DOSES).items():
+    for share, arm in (paper | DOSES | {"0.75, control": HIGH_CONTROL}).items():
         found = [by_seed(rows, f"{arm}; chain", steps, "paired_error") for steps in COLOURS]
         plain = [by_seed(rows, "PD; chain", steps, "paired_error") for steps in COLOURS]
         cells = ["" if arm == "PD" else f"{change(*pair)} (p {p_value(*pair)})" for pair in zip(plain, found)]
         cells += [shown([*v.values()]) if (v := by_seed(rows, f"{arm}; chain", k, s)) else "" for s, k in scores]
         print_row(share, len(found[0]), *cells)
+
+
+def by_mover(rows: list[dict]) -> None:
+    """Change of the error to plain PD's by who moves in rollouts, over the seeds that have all of them."""
+    print_header(
+        "student_rate", *(f"{shares}, {k} steps" for shares in ("the paper's", "p_forward .25") for k in COLOURS)
+    )
+    for rate, arms in RATES.items():
+        cells = []
+        for i, steps in product(range(2), COLOURS):
+            found = [by_seed(rows, f"{others[i]}; chain", steps, "paired_error") for others in RATES.values()]
+            seeds = set.intersection(*map(set, found))
+            plain = by_seed(rows, "PD; chain", steps, "paired_error")
+            own = by_seed(rows, f"{arms[i]}; chain", steps, "paired_error")
+            cells.append(change(plain, {seed: own[seed] for seed in seeds}) if seeds else "")
+        print_row(rate, *cells)
 
 
 def by_setting(rows: list[dict], name: str, settings: dict, arms: dict[str, str]) -> None:
@@ -198,6 +220,8 @@ def gain_figure(rows: list[dict], picture: Path) -> None:
         style = {"color": COLOURS[steps], "marker": "o"}
         line = [(0.375, DDIL, "chain"), *((share, arm, "chain") for share, arm in DOSES.items())]
         draw(dose, sorted(line), steps, label=f"{steps} steps", **style)
+        control = {"fmt": "s", "color": "grey", "label": "control" if steps == 8 else None}
+        draw(dose, [(0.75, HIGH_CONTROL, "chain")], steps, **control)
         for arm, name, kind in ((DDIL, "the paper's shares", "-"), (HIGH, "--p_forward .25", "--")):
             line = [(log2(times), arm, setting) for times, setting in UPDATES.items()]
             if steps > 2:
@@ -205,8 +229,8 @@ def gain_figure(rows: list[dict], picture: Path) -> None:
         line = [(x, DDIL, setting) for x, setting in enumerate(GUIDANCE.values())]
         draw(guidance, line, steps, label=f"{steps} steps", **style)
     by_steps.set(title="how much", xticks=range(4), xticklabels=[f"{k} steps" for k in COLOURS])
-    dose.set(title="dose: share of the updates on D_DAgger", xticks=[0.375, 0.75, 0.9, 1])
-    dose.set_xticklabels(["the paper's", ".75", ".9", "1"])
+    dose.set(title="dose: share of the updates on D_DAgger", xticks=[0.375, 0.5, 0.75, 0.9, 1])
+    dose.set_xticklabels(["the paper's", ".5", ".75", ".9", "1"])
     duration.set(title="duration: updates relative to the recipe's", xticks=[-1, 0, 1, 3])
     duration.set_xticklabels(["1/2", "1", "2", "8"])
     guidance.set(title="guidance in training: w", xticks=range(4), xticklabels=GUIDANCE)
@@ -330,6 +354,7 @@ if __name__ == "__main__":
     table = read("pd.csv")
     headline(table)
     by_dose(table)
+    by_mover(table)
     by_setting(table, "updates", UPDATES, {"the paper's shares": DDIL, "--p_forward .25": HIGH})
     by_setting(table, "w", GUIDANCE, {"the paper's shares": DDIL, "--p_forward .25": HIGH})
     ablations(table)
