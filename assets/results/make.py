@@ -209,7 +209,7 @@ def gain_figure(rows: list[dict], picture: Path) -> None:
         for offset, arm, colour, label in (
             (0, "PD + control", "grey", "control: forward-diffused latents at DDIL's timesteps"),
             (0, DDIL, "C0", "PD + DDIL, the paper's shares"),
-            (0.06, HIGH, "C1", "PD + DDIL, --p_forward .25 --student_rate .475"),
+            (0.06, HIGH, "C4", "PD + DDIL, --p_forward .25 --student_rate .475"),
         ):
             draw(by_steps, [(x + offset, arm, "chain")], steps, fmt="o", color=colour, **named(label))
         if steps < 16:
@@ -220,7 +220,7 @@ def gain_figure(rows: list[dict], picture: Path) -> None:
         style = {"color": COLOURS[steps], "marker": "o"}
         line = [(0.375, DDIL, "chain"), *((share, arm, "chain") for share, arm in DOSES.items())]
         draw(dose, sorted(line), steps, label=f"{steps} steps", **style)
-        control = {"fmt": "s", "color": "grey", "label": "control" if steps == 8 else None}
+        control = {"fmt": "s", "markerfacecolor": "white", "color": COLOURS[steps], "label": f"{steps} steps, control"}
         draw(dose, [(0.75, HIGH_CONTROL, "chain")], steps, **control)
         for arm, name, kind in ((DDIL, "the paper's shares", "-"), (HIGH, "--p_forward .25", "--")):
             line = [(log2(times), arm, setting) for times, setting in UPDATES.items()]
@@ -230,13 +230,13 @@ def gain_figure(rows: list[dict], picture: Path) -> None:
         draw(guidance, line, steps, label=f"{steps} steps", **style)
     by_steps.set(title="how much", xticks=range(4), xticklabels=[f"{k} steps" for k in COLOURS])
     dose.set(title="dose: share of the updates on D_DAgger", xticks=[0.375, 0.5, 0.75, 0.9, 1])
-    dose.set_xticklabels(["the paper's", ".5", ".75", ".9", "1"])
+    dose.set_xticklabels(["paper's", ".5", ".75", ".9", "1"])
     duration.set(title="duration: updates relative to the recipe's", xticks=[-1, 0, 1, 3])
     duration.set_xticklabels(["1/2", "1", "2", "8"])
     guidance.set(title="guidance in training: w", xticks=range(4), xticklabels=GUIDANCE)
     for axis in axes.flat:
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, handlelength=3)
     figure.supylabel("error relative to plain PD [%], lower is better")
     figure.savefig(picture, dpi=100)
     plt.close(figure)
