@@ -23,9 +23,11 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
 import textwrap
 import time
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Noise schedule
@@ -369,6 +372,10 @@ class TrajectoryBuffer:  # DDIL: Alg. 2 line 6
 # 5. Networks: SD1.x / 2.x and SDXL-family pipelines, in and out
 # ----------------------------------------------------------------------------------------------------------------------
 
+# here, not on top: sections 1-4 are to be copied with torch alone
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
 
 def combine_guidance(v_uncond: Tensor, v_cond: Tensor, w: Tensor) -> Tensor:
     """Classifier-free guidance u + w (c - u), w [B] = diffusers' guidance_scale [D10]; the same for x, eps and v."""
@@ -457,6 +464,7 @@ def lora_layers(unet) -> list:
 
 def add_lora(unet, rank: int):
     """The frozen UNet with a LoRA in fp32, whose second factor starts at zero: the output is the same at first."""
+    from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
     try:
@@ -465,9 +473,7 @@ def add_lora(unet, rank: int):
         raise SystemExit(f"--lora_rank {rank}: this UNet has no layer that a LoRA can be added to ({error})")
     for layer in lora_layers(unet):
         layer.cast_input_dtype_enabled = False  # that is autocast's work; an fp32 copy of each input would be kept
-    for parameter in unet.parameters():
-        if parameter.requires_grad:  # made in the base's precision
-            parameter.data = parameter.data.float()
+    cast_training_params(unet)  # made in the base's precision
     return unet
 
 
@@ -493,7 +499,7 @@ def without_lora(model: Model, unet) -> Model:
 
 def find_pipeline(name: str, flag: str) -> str:
     """The class of the pipeline in a folder or, if no such folder exists, on the hub; SystemExit if there is none."""
-    import diffusers  # here, not on top: sections 1-4 are to be copied with torch alone
+    import diffusers  # here, not on top: it takes seconds
     import transformers
 
     for library in (diffusers, transformers):  # their progress bars would break ours
@@ -718,9 +724,6 @@ def row_of(sample: dict, caption: str | None) -> dict:
 def tar_rows(tars: list[str], caption: str | None, version: str):
     """Rows of tars whose members are grouped by name (0001.jpg, 0001.txt, 0001.json), as img2dataset and webdataset
     write them; the caption from text, else from json. `version` only names the contents, for the library's cache."""
-    import tarfile
-    import zlib
-
     for file in tars:
         key, sample, before = None, {}, []
         try:
@@ -917,9 +920,6 @@ def caption_of(value, draw: int) -> str | None:
 
 def open_image(value):
     """An RGB PIL image of a file's bytes, {"bytes", "path"} or path: upright, 16 bits scaled, transparency on white."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
     data, path = (value["bytes"], value["path"]) if isinstance(value, dict) else (value, value)
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data) if isinstance(data, bytes) else path))
     if image.mode.startswith("I;16"):
@@ -935,9 +935,6 @@ def open_image(value):
 def decode(row: dict, shape: Sequence[int], draw: int = 0) -> tuple[str | None, dict]:
     """(reason a row is unusable, or None; sample): its caption and, given an image, the centre crop "pixels" [H, W, 3]
     uint8 and the image's own "height_width". Rows of cached latents pass through."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
     if "moments" in row:
         return None, row
     sample = {"caption": caption_of(row["caption"], draw), "image": row.get("image")}
@@ -959,7 +956,6 @@ def decode(row: dict, shape: Sequence[int], draw: int = 0) -> tuple[str | None, 
 def report_on_data(args, pipe, rows: Rows) -> str:
     """What --check_data prints: what was read, counts of usable samples and of reasons against the others, sizes. The
     first eight usable images and their captions are drawn to OUTPUT_DIR-data.png."""
-    from PIL import Image
     from tqdm import tqdm
 
     shape = image_shape(pipe)
@@ -1153,8 +1149,6 @@ class LatentData:
     @torch.no_grad()
     def encode(self, samples: list[dict]) -> tuple[Tensor, Tensor]:
         """VAE mean and std [B, 2, C, h, w], token ids [B, encoders, L] of decoded samples."""
-        import numpy as np
-
         if "moments" in samples[0]:
             columns = (np.stack([sample[name] for sample in samples]) for name in ("moments", "ids"))
             moments, ids = map(torch.from_numpy, columns)
@@ -1475,8 +1469,6 @@ def start_accelerator(**settings):
         # reduce gradients at every mini-batch, or each rank would hold unsharded ones between two
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         if accelerator.mixed_precision != "no":  # and in fp32, as under DDP
-            from torch.distributed.fsdp import MixedPrecisionPolicy
-
             policy = MixedPrecisionPolicy(param_dtype=frozen_dtype(accelerator), reduce_dtype=torch.float32)
             accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
@@ -1626,10 +1618,6 @@ class Metrics:
             values = values.to(self.totals).flatten()
             self.totals[:, self.columns.index(column)] += torch.stack([values.sum(), torch.ones_like(values).sum()])
 
-    def add_by(self, places: Tensor, values: Tensor) -> None:
-        """values [B] into the columns at these places [B]."""
-        self.totals.index_add_(1, places, torch.stack([values, torch.ones_like(values)]))
-
     def flush(self, accelerator, **labels) -> dict[str, float]:
         """Append one row to the file; returns the means of the columns that have any."""
         sums, counts = accelerator.reduce(self.totals, "sum").tolist()
@@ -1654,8 +1642,6 @@ class Metrics:
 
 def save_sheet(path: Path, rows: dict[str, list], captions: Sequence[str] = ()) -> None:
     """PNG with one labelled row of PIL images for each entry, captions above the columns; small images are enlarged."""
-    from PIL import Image, ImageDraw, ImageFont
-
     (width, height), n = next(iter(rows.values()))[0].size, max(map(len, rows.values()))
     zoom = max(1, 96 // height)
     width, height = width * zoom, height * zoom
@@ -1906,7 +1892,6 @@ class Run:
     def register_for_checkpointing(self, name: str, thing):
         """Into checkpoints, anything with state_dict / load_state_dict: each rank's D_DAgger, a moving average."""
         self.checkpointed[name] = thing
-        return thing
 
     def model(self, network, predicts: str | None = None) -> UNetModel:
         """network as model(z_t, t, cond) -> v_hat, its forwards counted; it predicts as the teacher, or `predicts`."""
@@ -2114,7 +2099,7 @@ class Run:
             losses = losses.detach()
             self.add_metrics({"loss": losses, f"loss_{source}": losses, "t_mean": t})
             bins = torch.bucketize(t, self.t_bins)  # of t in (the bin before, bin]
-            self.metrics.add_by(self.t_places[bins], losses)
+            self.metrics.totals.index_add_(1, self.t_places[bins], torch.stack([losses, torch.ones_like(losses)]))
 
     def queue_finite_check(self, name: str, value: Tensor) -> None:
         """A value of this update that must be finite; it stays on the device until check_finite."""

@@ -43,6 +43,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -506,8 +507,6 @@ def describe_weights(file: Path, name: str = "", resolution: int | None = None) 
 
 def stack_uint8(images: list[Image.Image], size: int | None = None) -> Tensor:
     """[B, 3, H, W]; of their central squares, resized by LANCZOS, where a size is given."""
-    import numpy as np
-
     arrays = []
     for image in images:
         if size:
