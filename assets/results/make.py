@@ -284,7 +284,7 @@ def gain_against_shift(rows: list[dict], shifts: list[dict], picture: Path) -> N
         for steps in (16, 8, 4, 2):
             gain = gain_of(rows, setting, steps, "stage_error")
             if shift := found.get(("chain" if is_alone else setting, steps)) if gain else None:
-                marker = markers.setdefault("one stage alone" if is_alone else setting, "osD^vPX"[len(markers)])
+                marker = markers.setdefault("one stage alone" if is_alone else setting, "osD^vPX*"[len(markers)])
                 style = {"marker": marker, "color": COLOURS[steps], "yerr": gain[1]}
                 points.append(({name: mean(values) for name, values in shift.items()}, gain[0], style))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
