@@ -1218,7 +1218,8 @@ def make_cache(data: LatentData, rank: int, n_ranks: int):
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "ddil-latents" / key
     folder.mkdir(parents=True, exist_ok=True)
     types = {"moments": datasets.List(datasets.Value("float32")), "ids": datasets.List(datasets.Value("int64"))}
-    settings = {"batched": True, "batch_size": data.batch_size, "remove_columns": data.rows.column_names}
+    # a fixed size, as rounding depends on it and runs of any batch use the cache
+    settings = {"batched": True, "batch_size": 64, "remove_columns": data.rows.column_names}
     settings |= {"features": datasets.Features(types), "desc": "caching latents"}
 
     def part(rank: int):
